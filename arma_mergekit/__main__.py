@@ -1,0 +1,5 @@
+"""`python -m arma_mergekit` is `arma`."""
+
+from arma_mergekit.cli import main
+
+main()
