@@ -1,0 +1,114 @@
+"""What a task is, what scoring it returns, and how its items are split.
+
+    symbol   meaning                                                         shape
+    loss     smooth loss of each item; goes down when things get better      (n,)
+    value    headline number of each item (correct or not, -NLL); goes up    (n,)
+    weight   what an item counts for (its scored tokens, or 1)               (n,)
+
+    mean = sum(loss) / sum(weight), and likewise for value; its standard error is that of a ratio.
+
+Searching uses losses, since they separate candidates that accuracies cannot; people read values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Measured", "Model", "Task", "held_back", "parts"]
+
+Array = npt.NDArray[np.float64]
+
+
+class Model(Protocol):
+    """What tasks call: a causal LM, alone or live."""
+
+    @property
+    def device(self) -> Any:
+        """Where its inputs must be."""
+        ...
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Forward pass with ``input_ids`` (B, T) and ``logits_to_keep`` (P,), returning ``.logits`` (B, P, V)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores of some items of a task; arrays (n,) as above, ``tokens`` = forward tokens spent, padding included."""
+
+    ids: tuple[str, ...]
+    loss: Array
+    value: Array
+    weight: Array
+    tokens: int
+
+    @property
+    def mean_loss(self) -> float:
+        """Smooth loss; goes down when things get better."""
+        return float(self.loss.sum() / self.weight.sum())
+
+    @property
+    def score(self) -> float:
+        """Headline number; goes up when things get better."""
+        return float(self.value.sum() / self.weight.sum())
+
+    @property
+    def loss_stderr(self) -> float:
+        """Standard error of ``mean_loss``."""
+        return _ratio_stderr(self.loss, self.weight)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of ``score``."""
+        return _ratio_stderr(self.value, self.weight)
+
+
+def _ratio_stderr(total: Array, weight: Array) -> float:
+    """Standard error of sum(total) / sum(weight) over independent items (the usual linearisation)."""
+    n = len(total)
+    if n < 2:
+        return float("nan")
+    residual = total - weight * (total.sum() / weight.sum())
+    return float(np.sqrt(n / (n - 1) * (residual**2).sum()) / weight.sum())
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A named set of items that can be scored; `check_task` tests one, other people's too."""
+
+    name: str
+    unit: str
+    ids: tuple[str, ...]
+    weight: float
+    differentiable: bool
+
+    def prepare(self, base: Model) -> int:
+        """Called once with the base model before anything is scored; returns the forward tokens spent."""
+        ...
+
+    def measure(self, model: Model, items: Sequence[int], backward: Callable[[Any], None] | None = None) -> Measured:
+        """Score these items. With ``backward``, call it with each part of their mean loss (tensors that add up to it)."""
+        ...
+
+
+def _rank(item_id: str, salt: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{salt}:{item_id}".encode()).digest()[:8], "big")
+
+
+def held_back(ids: Sequence[str], share: float) -> tuple[list[int], list[int]]:
+    """Indices (search, held back): by hash of the id, so an item stays on its side whatever else is in the file."""
+    limit = int(share * 2**64)
+    kept = [i for i, item in enumerate(ids) if _rank(item, "holdout") < limit]
+    return sorted(set(range(len(ids))) - set(kept)), kept
+
+
+def parts(ids: Sequence[str], items: Sequence[int], n: int) -> list[list[int]]:
+    """Cut items into n parts of nearly equal size, at random but fixed by the ids."""
+    order = sorted(items, key=lambda i: _rank(ids[i], "part"))
+    return [order[k::n] for k in range(n)]

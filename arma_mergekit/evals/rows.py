@@ -1,0 +1,170 @@
+"""Tasks that score continuations: token rows, packed into batches, one forward pass each.
+
+A *row* is a token sequence with the position where its scored part begins. Rows are padded on the right: a causal
+model never looks there, so no mask is needed, and only positions that predict a scored token reach the head.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arma_mergekit.errors import DataError
+from arma_mergekit.evals.base import Measured, Model
+
+__all__ = ["Item", "Row", "RowTask", "continuation", "read_jsonl"]
+
+BATCH_TOKENS = 1024  # a (1024, 50k) block of bf16 logits is 100 MB; larger batches are no faster on a CPU
+
+
+@dataclass(frozen=True)
+class Row:
+    """``tokens`` of one sequence, of which those from ``start`` >= 1 on are scored."""
+
+    tokens: tuple[int, ...]
+    start: int
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The scored tokens."""
+        return self.tokens[self.start :]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample: its rows are scored together (the choices of a question)."""
+
+    id: str
+    rows: tuple[Row, ...]
+    answer: int = 0
+
+
+class RowTask(ABC):
+    """A task made of rows; a subclass says what the logits of an item's rows mean."""
+
+    unit = ""
+    differentiable = True
+
+    def __init__(self, name: str, items: Sequence[Item], weight: float = 1.0) -> None:
+        self.name, self.items, self.weight = name, tuple(items), weight
+        self.ids = tuple(item.id for item in items)
+
+    def prepare(self, base: Model) -> int:
+        """Nothing to prepare."""
+        return 0
+
+    def item_weight(self, item: Item) -> float:
+        """What the item counts for in the mean; its scored tokens."""
+        return float(sum(len(row.targets) for row in item.rows))
+
+    @abstractmethod
+    def outcome(self, index: int, logits: Sequence[Any]) -> tuple[Any, float | None]:
+        """Loss () of an item and its headline value (None: -loss), from the float32 logits (targets, V) of its rows."""
+
+    def measure(self, model: Model, items: Sequence[int], backward: Callable[[Any], None] | None = None) -> Measured:
+        """Score these items; see `Task.measure`."""
+        import torch
+
+        weights = {i: self.item_weight(self.items[i]) for i in items}
+        total, losses, values, tokens = sum(weights.values()), {}, {}, 0
+        with torch.set_grad_enabled(backward is not None):
+            for batch in self._batches(items):
+                rows = [row for i in batch for row in self.items[i].rows]
+                blocks = iter(row_logits(model, rows))
+                batch_loss = []
+                for i in batch:
+                    loss, value = self.outcome(i, [next(blocks) for _ in self.items[i].rows])
+                    losses[i] = float(loss.detach())
+                    values[i] = -losses[i] if value is None else value
+                    batch_loss.append(loss)
+                tokens += len(rows) * max(len(row.tokens) for row in rows)
+                if backward is not None:
+                    backward(torch.stack(batch_loss).sum() / total)
+        bad = [self.ids[i] for i in items if not math.isfinite(losses[i])]
+        if bad:
+            raise DataError(f"Task {self.name}: the loss of item {bad[0]} (and {len(bad) - 1} more) is not finite.")
+        arrays = (np.array([column[i] for i in items]) for column in (losses, values, weights))
+        loss, value, weight = arrays
+        return Measured(tuple(self.ids[i] for i in items), loss, value, weight, tokens)
+
+    def _batches(self, items: Sequence[int]) -> Iterator[list[int]]:
+        """Items of similar length together, at most BATCH_TOKENS with padding (one item may exceed it)."""
+        length = {i: max(len(row.tokens) for row in self.items[i].rows) for i in items}
+        batch: list[int] = []
+        rows = longest = 0
+        for i in sorted(items, key=lambda i: (length[i], i)):
+            longest = max(longest, length[i])
+            if batch and (rows + len(self.items[i].rows)) * longest > BATCH_TOKENS:
+                yield batch
+                batch, rows, longest = [], 0, length[i]
+            batch.append(i)
+            rows += len(self.items[i].rows)
+        if batch:
+            yield batch
+
+
+def row_logits(model: Model, rows: Sequence[Row]) -> Iterator[Any]:
+    """Float32 logits (targets, V) of each row, from one forward pass over all of them."""
+    import torch
+
+    longest = max(len(row.tokens) for row in rows)
+    # any token will do as padding: nothing scored comes after it
+    padded = [row.tokens + (row.tokens[-1],) * (longest - len(row.tokens)) for row in rows]
+    positions = sorted({p for row in rows for p in range(row.start - 1, len(row.tokens) - 1)})
+    slot = {position: k for k, position in enumerate(positions)}
+    logits = model(
+        input_ids=torch.tensor(padded, device=model.device),
+        logits_to_keep=torch.tensor(positions, device=model.device),
+        use_cache=False,
+    ).logits
+    for row, block in zip(rows, logits, strict=True):
+        yield block[slot[row.start - 1] : slot[len(row.tokens) - 2] + 1].float()
+
+
+def continuation(tokenizer: Any, prompt: str, answer: str) -> Row:
+    """The row of prompt + answer, tokenised as one text; scored from the first token that reaches into the answer."""
+    encoded = tokenizer(prompt + answer, return_offsets_mapping=True)
+    ends = [end for _, end in encoded["offset_mapping"]]
+    start = next((k for k, end in enumerate(ends) if end > len(prompt)), len(ends))
+    tokens = tuple(encoded["input_ids"])
+    if not 1 <= start < len(tokens):
+        raise DataError(f"Prompt {prompt!r} with answer {answer!r} leaves nothing to predict.")
+    return Row(tokens, start)
+
+
+def read_jsonl(path: Path, needs: Sequence[str], limit: int | None = None) -> list[dict[str, Any]]:
+    """Records of a JSONL file, each with an ``id`` (its line number if it has none); DataError names file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read evaluation data {path}: {error}.") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        if line.strip() and (limit is None or len(records) < limit):
+            records.append({"id": f"{path.stem}-{number}"} | _record(path, number, line, needs))
+    if not records:
+        raise DataError(f"{path} has no records.")
+    ids = [str(record["id"]) for record in records]
+    if len(set(ids)) != len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise DataError(f"{path}: id {twice!r} occurs more than once; ids decide which items are held back.")
+    return records
+
+
+def _record(path: Path, number: int, line: str, needs: Sequence[str]) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
+    missing = [key for key in needs if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise DataError(f"{path}, line {number}: needs {', '.join(needs)}, but {', '.join(missing)} is missing.")
+    assert isinstance(record, dict)
+    return record
