@@ -14,7 +14,16 @@ Every message is one sentence (or a list of them) that names the file, the thing
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ArmaError", "CheckpointError", "DataError", "InputError", "RecipeError", "RunError", "UsageError", "unknown"]
+__all__ = [
+    "ArmaError",
+    "CheckpointError",
+    "DataError",
+    "InputError",
+    "RecipeError",
+    "RunError",
+    "UsageError",
+    "unknown",
+]
 
 
 class ArmaError(Exception):

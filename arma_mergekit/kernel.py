@@ -11,8 +11,9 @@ same order and so give the same bits (no fused multiply-add, one rounding at the
     alpha_i  weight of the i-th fine-tuned model         0 = base, 1 = fine-tuned, any finite number
 
 Arithmetic is one step wider than the operands: float32 for 16-bit ones, float64 when any is float32 or float64.
-Alphas are rounded to 7 decimals first, which undoes the noise of mergekit's interpolation of lists over depth. When all alphas are 0 the base itself comes back, and when
-one is 1 and the others 0 that fine-tuned tensor itself: bit for bit, no copy, no conversion.
+Alphas are rounded to 7 decimals first, which undoes the noise of mergekit's interpolation of lists over depth. When
+all alphas are 0 the base itself comes back, and when one is 1 and the others 0 that fine-tuned tensor itself: bit for
+bit, no copy, no conversion.
 
 numpy has no bfloat16, so there a bf16 array is passed as its bits, ``uint16``.
 """
@@ -118,7 +119,11 @@ def average(
 
 
 def average_numpy(
-    base: np.ndarray[Any, Any], tuned: Sequence[np.ndarray[Any, Any]], alphas: Sequence[float], *, check: bool = True
+    base: np.ndarray[Any, Any],
+    tuned: Sequence[np.ndarray[Any, Any]],
+    alphas: Sequence[float],
+    *,
+    check: bool = True,
 ) -> np.ndarray[Any, Any]:
     """`average` for numpy arrays of one shape; bf16 as its bits (``uint16``), for every operand alike."""
     if any(t.shape != base.shape for t in tuned):

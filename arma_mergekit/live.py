@@ -49,7 +49,9 @@ class LiveModel:
         parameters = dict(model.named_parameters())
         self.tensors = tuple(name for name in tuned if not torch.equal(base[name], tuned[name]))
         if not self.tensors:
-            raise CheckpointError("The fine-tuned model equals the base in every tensor: there is nothing to average.")
+            raise CheckpointError(
+                "The fine-tuned model equals the base in every tensor: there is nothing to average."
+            )
         missing = [name for name in self.tensors if name not in parameters]
         if missing:
             raise CheckpointError(
@@ -76,7 +78,7 @@ class LiveModel:
     @property
     def alphas(self) -> Array:
         """Alphas (N,) now in force, in the order of ``tensors``; a copy."""
-        return self._alphas.copy()
+        return np.array(self._alphas)
 
     @torch.no_grad()
     def set(self, alphas: npt.ArrayLike) -> None:
@@ -86,7 +88,13 @@ class LiveModel:
             raise ValueError(f"This model has {len(self.tensors)} alphas, but got {wanted.shape}.")
         for i in np.flatnonzero(wanted != self._alphas):
             name = self.tensors[i]
-            average(self._base[name], [self._tuned[name]], [wanted[i]], out=self._parameters[name].data, check=False)
+            average(
+                self._base[name],
+                [self._tuned[name]],
+                [wanted[i]],
+                out=self._parameters[name].data,
+                check=False,
+            )
             self._alphas[i] = wanted[i]
 
     def set_all(self, alpha: float) -> None:
@@ -103,9 +111,15 @@ class LiveModel:
 
     def delta_norms(self) -> Array:
         """||W_ft - W_base|| / ||W_base|| per tensor (N,); inf where the base is all zero."""
-        pairs = [(self._tuned[n].float() - self._base[n].float(), self._base[n].float()) for n in self.tensors]
+        pairs = [
+            (self._tuned[n].float() - self._base[n].float(), self._base[n].float()) for n in self.tensors
+        ]
         with np.errstate(divide="ignore"):
             return np.array([np.float64(d.norm().item()) / b.norm().item() for d, b in pairs])
+
+    def sizes(self) -> list[int]:
+        """Elements per tensor (N,)."""
+        return [self._base[name].numel() for name in self.tensors]
 
     @contextlib.contextmanager
     def differentiable(self) -> Iterator[Callable[[], Array]]:
@@ -146,7 +160,7 @@ def _tracked(live: LiveModel, leaves: dict[str, Tensor]) -> Iterator[None]:
                 swapped.append((module, key, parameter))
                 leaf = leaves[name]
                 # an attribute, not a Parameter: autograd sees alpha with slope D, the value stays W exactly
-                object.__setattr__(module, key, _Shift.apply(parameter.detach(), live.delta(name), leaf))
+                object.__setattr__(module, key, _shift(parameter.detach(), live.delta(name), leaf))
         yield
     finally:
         for module in patched:
@@ -160,19 +174,29 @@ def _cheap_forward(
     module: nn.Module, own: Mapping[str, str], live: LiveModel, leaves: Mapping[str, Tensor]
 ) -> Callable[[Tensor], Tensor] | None:
     """A forward that adds alpha's gradient to a module of a known kind, or None for any other."""
-    name = own["weight"]
-    delta, leaf = live.delta(name), leaves[name]
+    delta, leaf = live.delta(own["weight"]), leaves[own["weight"]]
+    layer: Any = module
     if type(module) is nn.Linear:
-        return lambda x: _add_bias(_Product.apply(x, module.weight, delta, leaf), module.bias)
+        return lambda x: _add_bias(_product(x, layer.weight, delta, leaf), layer.bias)
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
-        return lambda x: _add_bias(_Product.apply(x, module.weight.T, delta.T, leaf), module.bias)
+        return lambda x: _add_bias(_product(x, layer.weight.T, delta.T, leaf), layer.bias)
     if type(module) is nn.Embedding and module.max_norm is None:
-        return lambda ids: _Shift.apply(module.weight[ids], delta[ids], leaf)
+        return lambda ids: _shift(layer.weight[ids], delta[ids], leaf)
     return None
 
 
 def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
+
+
+def _product(x: Tensor, weight: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+    result: Tensor = _Product.apply(x, weight, delta, alpha)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _shift(weight: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+    result: Tensor = _Shift.apply(weight, delta, alpha)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Product(torch.autograd.Function):
@@ -184,7 +208,7 @@ class _Product(torch.autograd.Function):
         return nn.functional.linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor]:
         x, weight, delta = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         along = (nn.functional.linear(x, delta).float() * dy.float()).sum()
@@ -201,5 +225,5 @@ class _Shift(torch.autograd.Function):
         return weight.clone()
 
     @staticmethod
-    def backward(ctx: Any, dw: Tensor) -> tuple[None, None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, dw: Tensor) -> tuple[None, None, Tensor]:
         return None, None, (dw.float() * ctx.delta.float()).sum()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from arma_mergekit.checkpoint import Checkpoint, open_model
@@ -15,10 +16,20 @@ if TYPE_CHECKING:
 
     from arma_mergekit.live import LiveModel
 
-__all__ = ["load_live", "load_tokenizer"]
+__all__ = ["Loaded", "load_live", "load_tokenizer"]
+
+FLOATS = ("BF16", "F16", "F32", "F64")
 
 
-def load_live(recipe: Recipe, device: str | None = None) -> LiveModel:
+@dataclass(frozen=True)
+class Loaded:
+    """A live model and, in the order of its alphas, the names its tensors have in the checkpoint."""
+
+    live: LiveModel
+    tensors: tuple[str, ...]
+
+
+def load_live(recipe: Recipe, device: str | None = None) -> Loaded:
     """The recipe's base model with its one fine-tuned model's differences, in the recipe's dtype, at alpha 0."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -26,22 +37,23 @@ def load_live(recipe: Recipe, device: str | None = None) -> LiveModel:
     from arma_mergekit.live import LiveModel
 
     if len(recipe.models) != 1:
-        raise CheckpointError(f"Searching needs exactly one fine-tuned model, but the recipe has {len(recipe.models)}.")
+        raise CheckpointError(
+            f"Searching needs exactly one fine-tuned model, but the recipe has {len(recipe.models)}."
+        )
     base, tuned = open_model(recipe.base_model), open_model(recipe.models[0].model)
-    dtype = getattr(torch, recipe.dtype or base.config.get("dtype") or base.config.get("torch_dtype") or "float32")
+    dtype = getattr(
+        torch, recipe.dtype or base.config.get("dtype") or base.config.get("torch_dtype") or "float32"
+    )
     model = AutoModelForCausalLM.from_pretrained(str(base.path), dtype=dtype, local_files_only=True)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     known = {name for name, _ in model.named_parameters()}
     names = parameter_names(base.tensors, known, model.base_model_prefix)
     shared = [name for name in names if name in tuned.tensors and base.tensors[name].dtype in FLOATS]
     here = next(model.parameters()).device
-    return LiveModel(
-        model,
-        *({names[n]: as_torch(side, n).to(here, dtype) for n in shared} for side in (base, tuned)),
-    )
-
-
-FLOATS = ("BF16", "F16", "F32", "F64")
+    sides = [{names[n]: as_torch(side, n).to(here, dtype) for n in shared} for side in (base, tuned)]
+    live = LiveModel(model, *sides)
+    stored = {names[n]: n for n in shared}
+    return Loaded(live, tuple(stored[name] for name in live.tensors))
 
 
 def load_tokenizer(recipe: Recipe) -> Any:

@@ -2,7 +2,9 @@
 
     symbol   meaning
     L_t      loss of task t (goes down when things get better)
-    r_t      share kept of task t:  (worse - L_t) / (worse - better)  over base and fine-tuned: 0 = the worse, 1 = the better
+    p_t      exp(-L_t): the probability given to a right token, answer or choice (geometric mean), which follows
+             accuracy far more closely than the loss does: going from hopeless to bad saves nats, not answers
+    r_t      share kept of task t:  (p_t - worse) / (better - worse)  over base and fine-tuned
     R_s      share kept of suite s: mean of r_t over its tasks, by their weights
 
     balance               J = harmonic mean of the shares;  the smaller share where one is not positive
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import exp
 
 __all__ = ["End", "Objective", "Reward", "share"]
 
@@ -26,25 +29,21 @@ SLOPE = 10.0
 
 @dataclass(frozen=True)
 class End:
-    """Losses of a task at its two ends."""
+    """The scale of a task: p of its ``better`` end, and how far the worse one is below it (``gap`` > 0)."""
 
-    base: float
-    tuned: float
+    better: float
+    gap: float
 
-    @property
-    def better(self) -> float:
-        """The lower loss."""
-        return min(self.base, self.tuned)
-
-    @property
-    def gap(self) -> float:
-        """How far the ends are apart, > 0."""
-        return abs(self.base - self.tuned)
+    @classmethod
+    def of(cls, base: float, tuned: float) -> End:
+        """From the losses of base and fine-tuned."""
+        low, high = sorted((exp(-base), exp(-tuned)))
+        return cls(high, high - low)
 
 
 def share(loss: float, end: End) -> float:
-    """Share kept: 1 at the better end, 0 at the worse, linear everywhere."""
-    return 1 - (loss - end.better) / end.gap
+    """Share kept: 1 at the better end, 0 at the worse, linear in p = exp(-loss)."""
+    return 1 - (end.better - exp(-loss)) / end.gap
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,9 @@ class Objective:
         for suite, tasks in self.suites.items():
             total = sum(tasks.values())
             for task, weight in tasks.items():
-                slopes[task] = -by_suite.get(suite, 0.0) * weight / total / self.ends[task].gap
+                slopes[task] = (
+                    -by_suite.get(suite, 0.0) * weight / total * exp(-losses[task]) / self.ends[task].gap
+                )
         feasible = all(shares[suite] >= least for suite, least in (self.keep or {}).items())
         return Reward(value, shares, slopes, feasible)
 
@@ -110,7 +111,9 @@ def _harmonic(shares: Mapping[str, float]) -> tuple[float, dict[str, float]]:
     }
 
 
-def _constrained(shares: Mapping[str, float], maximize: str, keep: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+def _constrained(
+    shares: Mapping[str, float], maximize: str, keep: Mapping[str, float]
+) -> tuple[float, dict[str, float]]:
     short = {s: least - shares[s] for s, least in keep.items() if shares[s] < least}
     slopes = {maximize: 1.0}
     for suite in short:

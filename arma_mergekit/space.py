@@ -67,7 +67,7 @@ class Space:
         v = np.asarray(values, dtype=np.float64)
         if v.shape != (len(self.names),):
             raise ValueError(f"A point of this space has {len(self.names)} values, but got shape {v.shape}.")
-        alphas = self.matrix @ v + self.constant
+        alphas: Array = np.asarray(self.matrix @ v + self.constant)
         for column, rows, depth in self.profiles:
             peak, position, floor, width = v[column : column + 4]
             alphas[rows] = floor + (peak - floor) * np.exp(-(((depth - position) / width) ** 2) / 2)
@@ -92,7 +92,8 @@ class Space:
         for column, _, _ in self.profiles:
             point[column + PROFILE.index("position")] = 0.5
             point[column + PROFILE.index("width")] = 0.3
-        return np.clip(point, self.low, self.high)
+        clipped: Array = np.clip(point, self.low, self.high)
+        return clipped
 
     def members(self) -> dict[str, tuple[str, ...]]:
         """Tensors shaped by each value of a point."""
@@ -153,7 +154,7 @@ def _key(word: str) -> Key:
         "global": lambda r: "",
         "kind": lambda r: r.kind,
         "layer": lambda r: None if r.layer is None else (r.stack, r.layer),
-        # norms of a layer move together, and so does everything outside the layers (METHODS: arXiv-free, ours)
+        # the norms of a layer share one, and so does everything outside the layers: too few parameters to tell apart
         "tensor": lambda r: None if r.layer is None else (r.stack, r.layer, r.kind),
     }
     if head not in simple:
@@ -167,7 +168,9 @@ def _with_kind(key: Key, split: str) -> Key:
     return (lambda r: (key(r), r.kind)) if split else key
 
 
-def _grouped(members: Sequence[str], roles: Mapping[str, Role], key: Key, prefix: str) -> list[tuple[str, list[str]]]:
+def _grouped(
+    members: Sequence[str], roles: Mapping[str, Role], key: Key, prefix: str
+) -> list[tuple[str, list[str]]]:
     groups: dict[str, list[str]] = {}
     for tensor in members:
         groups.setdefault(_label(key(roles[tensor]), prefix), []).append(tensor)
@@ -199,7 +202,9 @@ def _assemble(
     names = [name for name, _ in searched]
     names += [f"{prefix}.{part}" for prefix, members, _ in profiles if members for part in PROFILE]
     if not names:
-        raise RecipeError("The search space is empty: nothing is left to search with these `groups` and `rest`.")
+        raise RecipeError(
+            "The search space is empty: nothing is left to search with these `groups` and `rest`."
+        )
     row = {tensor: i for i, tensor in enumerate(tensors)}
     matrix = np.zeros((len(tensors), len(names)))
     for column, (_, members) in enumerate(searched):

@@ -46,6 +46,10 @@ class Journal:
     def __contains__(self, key: str) -> bool:
         return key in self._records
 
+    def records(self) -> list[Record]:
+        """All records in the order they were written, without the fingerprint."""
+        return [record for key, record in self._records.items() if key != "fingerprint"]
+
     def append(self, key: str, record: Record) -> None:
         """Write one record and wait until it is on disk."""
         whole = {"key": key} | record
@@ -69,7 +73,9 @@ class Journal:
         try:
             return [json.loads(line) for line in whole.splitlines()]
         except ValueError as error:
-            raise RunError(f"Journal {self.path} is damaged ({error}). Give another --out, or delete it.") from error
+            raise RunError(
+                f"Journal {self.path} is damaged ({error}). Give another --out, or delete it."
+            ) from error
 
     def _check(self, fingerprint: Mapping[str, Any]) -> None:
         before = {k: v for k, v in self._records["fingerprint"].items() if k != "key"}
@@ -77,4 +83,6 @@ class Journal:
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
         if changed:
             what = "; ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in changed)
-            raise RunError(f"{self.path.parent} holds another run: {what}. Give another --out, or restore the recipe.")
+            raise RunError(
+                f"{self.path.parent} holds another run: {what}. Give another --out, or restore the recipe."
+            )

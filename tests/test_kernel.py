@@ -11,7 +11,9 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def as_numpy(tensor):
-    return tensor.contiguous().view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    return (
+        tensor.contiguous().view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    )
 
 
 def same_bits(left, right):
@@ -46,14 +48,18 @@ def test_torch_and_numpy_agree_across_chunks_and_shapes():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("alpha", [0.6, -0.4, 1.5, 2.5])
-def test_result_is_the_rounded_float64_reference_almost_everywhere_and_never_further_than_one_ulp(dtype, alpha):
+def test_result_is_the_rounded_float64_reference_almost_everywhere_and_never_further_than_one_ulp(
+    dtype, alpha
+):
     base = draw(1, 200_000, dtype)
     tuned = (base.float() + draw(2, 200_000, torch.float32, 0.05)).to(dtype)
     result = average(base, [tuned], [alpha])
     exact = (base.double() + alpha * (tuned.double() - base.double())).to(dtype)
     bits = torch.int16 if dtype.itemsize == 2 else torch.int32
     apart = (result.view(bits).long() - exact.view(bits).long()).abs()
-    near_zero = exact.abs() < 1e-3  # cancellation: a unit in the last place of the operands, not of the tiny result
+    near_zero = (
+        exact.abs() < 1e-3
+    )  # cancellation: a unit in the last place of the operands, not of the tiny result
     assert apart[~near_zero].max() <= 1
     assert (apart == 0).double().mean() >= 0.995
 

@@ -57,7 +57,8 @@ def build(config, seed, dtype=torch.float32):
 
 def make_live(config, dtype=torch.float32):
     base, tuned = (
-        {name: p.detach().clone() for name, p in build(config, seed, dtype).named_parameters()} for seed in (0, 1)
+        {name: p.detach().clone() for name, p in build(config, seed, dtype).named_parameters()}
+        for seed in (0, 1)
     )
     return LiveModel(build(config, 0, dtype), base, tuned), base, tuned
 
@@ -76,7 +77,8 @@ def test_group_gradients_equal_autograds_weight_gradients_projected_on_the_delta
     plain = copy.deepcopy(live.model).requires_grad_(True)
     loss_of(plain).backward()
     expected = [
-        float((p.grad.double() * (tuned[n].double() - base[n].double())).sum()) for n, p in plain.named_parameters()
+        float((p.grad.double() * (tuned[n].double() - base[n].double())).sum())
+        for n, p in plain.named_parameters()
     ]
     with live.differentiable() as gradient:
         loss_of(live).backward()
@@ -142,5 +144,5 @@ def test_two_equal_models_are_refused():
 
 def test_a_tensor_the_loaded_model_does_not_have_is_refused_by_name():
     model = build(FAMILIES["llama"], 0)
-    with pytest.raises(CheckpointError, match="some.expert"):
-        LiveModel(model, {"some.expert": torch.zeros(1)}, {"some.expert": torch.ones(1)})
+    with pytest.raises(CheckpointError, match="expert_7"):
+        LiveModel(model, {"expert_7": torch.zeros(1)}, {"expert_7": torch.ones(1)})

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -5,10 +7,10 @@ from hypothesis import strategies as st
 
 from arma_mergekit.objective import End, Objective, share
 
-ENDS = {"prose": End(3.4, 4.0), "words": End(0.5, 1.5), "codes": End(2.5, 1.2)}
+BASE = {"prose": 3.4, "words": 0.5, "codes": 2.5}
+TUNED = {"prose": 4.0, "words": 1.5, "codes": 1.2}
+ENDS = {t: End.of(BASE[t], TUNED[t]) for t in BASE}
 SUITES = {"general": {"prose": 1.0, "words": 3.0}, "domain": {"codes": 1.0}}
-BASE = {t: e.base for t, e in ENDS.items()}
-TUNED = {t: e.tuned for t, e in ENDS.items()}
 
 
 def test_share_is_one_at_the_better_end_and_zero_at_the_worse():
@@ -36,7 +38,7 @@ def test_a_suite_averages_its_tasks_by_weight_after_normalising():
 
 def test_keep_that_fails_is_infeasible_and_costs_more_than_the_other_suite_can_gain():
     objective = Objective(SUITES, ENDS, maximize="general", keep={"domain": 0.95})
-    giving_up = objective.reward({"prose": 3.4, "words": 0.5, "codes": 1.2 + 0.1 * 1.3})
+    giving_up = objective.reward({"prose": 3.4, "words": 0.5, "codes": 1.4})
     keeping = objective.reward({"prose": 3.55, "words": 0.75, "codes": 1.2})
     assert not giving_up.feasible
     assert keeping.feasible
@@ -56,7 +58,10 @@ def test_sum_weighs_the_shares():
 )
 def test_slopes_are_the_derivative_of_the_value(shares, options):
     objective = Objective(SUITES, ENDS, **options)
-    losses = {t: e.better + (1 - s) * e.gap for (t, e), s in zip(ENDS.items(), shares, strict=True)}
+    chances = [e.better - (1 - s) * e.gap for e, s in zip(ENDS.values(), shares, strict=True)]
+    if min(chances) < 1e-3:
+        return
+    losses = {t: -math.log(p) for t, p in zip(ENDS, chances, strict=True)}
     kinks = [*objective.shares(losses).values()]
     if min(abs(k - x) for k in kinks for x in (0, 0.95, 1)) < 1e-3 or abs(kinks[0] - kinks[1]) < 1e-3:
         return

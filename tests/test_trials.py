@@ -47,4 +47,4 @@ def test_what_the_caller_gets_is_what_a_resumed_run_reads(tmp_path):
     path = tmp_path / "trials.jsonl"
     record = {"values": (0.1, 1 / 3), "none": None}
     first = Journal(path, {}).once("k", lambda: record)
-    assert first == Journal(path, {}).once("k", lambda: {})
+    assert first == Journal(path, {}).once("k", dict)

@@ -80,20 +80,26 @@ def _ratio_stderr(total: Array, weight: Array) -> float:
 
 @runtime_checkable
 class Task(Protocol):
-    """A named set of items that can be scored; `check_task` tests one, other people's too."""
+    """A named set of items that can be scored.
+
+    ``watch``: only for the verdict, on held-back items; no search sees it.
+    """
 
     name: str
     unit: str
     ids: tuple[str, ...]
     weight: float
+    watch: bool
     differentiable: bool
 
     def prepare(self, base: Model) -> int:
         """Called once with the base model before anything is scored; returns the forward tokens spent."""
         ...
 
-    def measure(self, model: Model, items: Sequence[int], backward: Callable[[Any], None] | None = None) -> Measured:
-        """Score these items. With ``backward``, call it with each part of their mean loss (tensors that add up to it)."""
+    def measure(
+        self, model: Model, items: Sequence[int], backward: Callable[[Any], None] | None = None
+    ) -> Measured:
+        """Score these items. With ``backward``, call it with tensors that add up to their mean loss."""
         ...
 
 

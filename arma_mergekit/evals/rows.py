@@ -51,6 +51,7 @@ class RowTask(ABC):
 
     unit = ""
     differentiable = True
+    watch = False
 
     def __init__(self, name: str, items: Sequence[Item], weight: float = 1.0) -> None:
         self.name, self.items, self.weight = name, tuple(items), weight
@@ -68,7 +69,9 @@ class RowTask(ABC):
     def outcome(self, index: int, logits: Sequence[Any]) -> tuple[Any, float | None]:
         """Loss () of an item and its headline value (None: -loss), from the float32 logits (targets, V) of its rows."""
 
-    def measure(self, model: Model, items: Sequence[int], backward: Callable[[Any], None] | None = None) -> Measured:
+    def measure(
+        self, model: Model, items: Sequence[int], backward: Callable[[Any], None] | None = None
+    ) -> Measured:
         """Score these items; see `Task.measure`."""
         import torch
 
@@ -80,18 +83,19 @@ class RowTask(ABC):
                 blocks = iter(row_logits(model, rows))
                 batch_loss = []
                 for i in batch:
-                    loss, value = self.outcome(i, [next(blocks) for _ in self.items[i].rows])
-                    losses[i] = float(loss.detach())
-                    values[i] = -losses[i] if value is None else value
-                    batch_loss.append(loss)
+                    item_loss, item_value = self.outcome(i, [next(blocks) for _ in self.items[i].rows])
+                    losses[i] = float(item_loss.detach())
+                    values[i] = -losses[i] if item_value is None else item_value
+                    batch_loss.append(item_loss)
                 tokens += len(rows) * max(len(row.tokens) for row in rows)
                 if backward is not None:
                     backward(torch.stack(batch_loss).sum() / total)
         bad = [self.ids[i] for i in items if not math.isfinite(losses[i])]
         if bad:
-            raise DataError(f"Task {self.name}: the loss of item {bad[0]} (and {len(bad) - 1} more) is not finite.")
-        arrays = (np.array([column[i] for i in items]) for column in (losses, values, weights))
-        loss, value, weight = arrays
+            raise DataError(
+                f"Task {self.name}: the loss of item {bad[0]} (and {len(bad) - 1} more) is not finite."
+            )
+        loss, value, weight = (np.array([c[i] for i in items], np.float64) for c in (losses, values, weights))
         return Measured(tuple(self.ids[i] for i in items), loss, value, weight, tokens)
 
     def _batches(self, items: Sequence[int]) -> Iterator[list[int]]:
@@ -145,7 +149,7 @@ def read_jsonl(path: Path, needs: Sequence[str], limit: int | None = None) -> li
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read evaluation data {path}: {error}.") from error
-    records = []
+    records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         if line.strip() and (limit is None or len(records) < limit):
             records.append({"id": f"{path.stem}-{number}"} | _record(path, number, line, needs))
@@ -165,6 +169,8 @@ def _record(path: Path, number: int, line: str, needs: Sequence[str]) -> dict[st
         raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
     missing = [key for key in needs if not isinstance(record, dict) or key not in record]
     if missing:
-        raise DataError(f"{path}, line {number}: needs {', '.join(needs)}, but {', '.join(missing)} is missing.")
+        raise DataError(
+            f"{path}, line {number}: needs {', '.join(needs)}, but {', '.join(missing)} is missing."
+        )
     assert isinstance(record, dict)
     return record

@@ -1,12 +1,12 @@
 """The built-in tasks on local JSONL data: nll, kl, choice, generate.
 
-    nll       negative log-likelihood per token: of the whole text ({"text"}), or of the answer only
-              ({"prompt", "answer"})
-    kl        KL(base || merged) per token of {"text"}, from the full next-token distributions; needs no labels
-    choice    {"prompt", "choices", "answer": index}: right when the right choice has the highest
-              length-normalised log-likelihood; loss: cross-entropy over the choices
-    generate  {"prompt", "answer"}: right when greedy decoding yields the answer (its first `prefix` characters, if
-              given); loss: NLL of the answer's tokens
+nll       negative log-likelihood per token: of the whole text ({"text"}), or of the answer only
+          ({"prompt", "answer"})
+kl        KL(base || merged) per token of {"text"}, from the full next-token distributions; needs no labels
+choice    {"prompt", "choices", "answer": index}: right when the right choice has the highest
+          length-normalised log-likelihood; loss: cross-entropy over the choices
+generate  {"prompt", "answer"}: right when greedy decoding yields the answer (its first `prefix` characters, if
+          given); loss: NLL of the answer's tokens
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def _nll(logits: Any, targets: Sequence[int]) -> Any:
     """Negative log-likelihood (targets,) in float32."""
     import torch
 
-    return torch.nn.functional.cross_entropy(logits, torch.tensor(targets, device=logits.device), reduction="none")
+    return torch.nn.functional.cross_entropy(
+        logits, torch.tensor(targets, device=logits.device), reduction="none"
+    )
 
 
 class NllTask(RowTask):
@@ -68,7 +70,9 @@ class KlTask(RowTask):
         import torch
 
         teacher = self._teacher[index].float().log_softmax(-1)
-        return torch.nn.functional.kl_div(logits[0].log_softmax(-1), teacher, reduction="sum", log_target=True), None
+        return torch.nn.functional.kl_div(
+            logits[0].log_softmax(-1), teacher, reduction="sum", log_target=True
+        ), None
 
 
 class ChoiceTask(RowTask):
@@ -151,7 +155,9 @@ def choice_items(tokenizer: Any, path: Path, limit: int | None = None) -> list[I
     for record in read_jsonl(path, ["prompt", "choices", "answer"], limit):
         choices, answer = record["choices"], record["answer"]
         if not (isinstance(choices, list) and isinstance(answer, int) and 0 <= answer < len(choices)):
-            raise DataError(f"{path}, id {record['id']}: answer must index choices, but got {answer!r} of {choices!r}.")
+            raise DataError(
+                f"{path}, id {record['id']}: answer must index choices, but got {answer!r} of {choices!r}."
+            )
         rows = tuple(continuation(tokenizer, record["prompt"], choice) for choice in choices)
         items.append(Item(str(record["id"]), rows, answer))
     return items

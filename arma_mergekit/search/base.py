@@ -3,8 +3,8 @@
 A searcher knows numbers only: no models, files, clocks or suites. The caller owns the loop:
 
     searcher = make_searcher("rl", problem, seed=0)
-    while (query := searcher.ask()) is not None and budget is left:
-        searcher.tell(Trial(query, reward=..., cost=...))
+    while (query := searcher.ask()) is not None and spent + query.cost <= budget:
+        searcher.tell(Trial(query, reward=...))
 
 Rules every searcher keeps (tests: `check_searcher` in this package, usable on other people's classes):
 `ask` depends only on the problem, the seed and what was told, in order; points lie within the bounds; a failed
@@ -30,8 +30,9 @@ class Problem:
     """What a searcher may know before it asks.
 
     ``names`` (K,) of the values; ``low``, ``high``, ``start`` (K,) floats; ``features`` (K, F), standardised numbers
-    that describe each value's group (depth, relative change, size, ...); ``budget`` in full evaluations, where one
-    forward pass over all search data costs 1 and one with gradient 3; ``parts``, into how many parts of equal
+    that describe each value's group (depth, relative change, size, ...); ``budget``, the horizon to plan for, in full
+    evaluations, where one forward pass over all search data costs 1 and one with gradient 3 (asking may go on after
+    it); ``parts``, into how many parts of equal
     composition the search data can be cut for minibatches.
     """
 

@@ -1,0 +1,151 @@
+"""Alphas per tensor, written as a recipe that mergekit runs: filters, and lists with one value per layer.
+
+mergekit's filters are substrings and the first that matches wins; a list over depth with one value per layer is exact.
+What is written is resolved again with mergekit's rules and compared, so a recipe that says something else cannot
+leave this module. It knows names, roles and numbers; no tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from arma_mergekit.errors import RecipeError
+from arma_mergekit.recipe import resolve
+from arma_mergekit.roles import Role
+
+__all__ = ["stock_recipe", "tuned_recipe"]
+
+OURS = ("evals", "tune")
+Values = tuple[float | None, ...]  # one per layer; None: any value will do
+
+
+@dataclass(frozen=True)
+class Template:
+    """Tensors that differ only in their layer; outside the layers, one tensor."""
+
+    filter: str
+    values: Values
+    layered: bool
+
+
+def tuned_recipe(
+    raw: Mapping[str, Any], roles: Mapping[str, Role], alphas: Mapping[str, float]
+) -> dict[str, Any]:
+    """The recipe ``raw`` with ``alpha`` and ``rest`` that give each tensor of ``roles`` its alpha.
+
+    Tensors without an alpha (equal in both models) may get any.
+    """
+    result = {k: copy.deepcopy(v) for k, v in raw.items() if k not in OURS}
+    attention = {t: r for t, r in roles.items() if r.attention}
+    others = {t: r for t, r in roles.items() if not r.attention}
+    alpha = _setting(attention, alphas, default=0.0)
+    rest = _setting(others, alphas, default=0.0)
+    result["models"][0]["parameters"] = {"alpha": alpha}
+    result["parameters"] = {"rest": rest}
+    _verify(attention, alphas, alpha)
+    _verify(others, alphas, rest)
+    return result
+
+
+def stock_recipe(
+    raw: Mapping[str, Any], roles: Mapping[str, Role], alphas: Mapping[str, float]
+) -> dict[str, Any]:
+    """The same merge for a mergekit without this package: `linear` with weights 1 - alpha and alpha."""
+    result = {
+        k: copy.deepcopy(v) for k, v in raw.items() if k not in (*OURS, "parameters", "models", "base_model")
+    }
+    result["merge_method"] = "linear"
+    sides = (
+        (raw["base_model"], {t: round(1 - a, 7) for t, a in alphas.items()}, 1.0),
+        (raw["models"][0]["model"], dict(alphas), 0.0),
+    )
+    result["models"] = []
+    for model, weights, default in sides:
+        setting = _setting(roles, weights, default)
+        _verify(roles, weights, setting)
+        result["models"].append({"model": model, "parameters": {"weight": setting}})
+    # extrapolated weights still add up to 1, so there is nothing to normalise
+    result["parameters"] = {"normalize": False}
+    return result
+
+
+def _setting(roles: Mapping[str, Role], values: Mapping[str, float], default: float) -> Any:
+    """The shortest setting of mergekit's kinds: a number, a list over depth, or filters before a default."""
+    templates = _templates(roles, values)
+    layered = [t for t in templates if t.layered]
+    common = _most_common([t.values for t in layered]) if layered else (default,)
+    rest = common[0] if len(set(common)) == 1 else list(common)
+    filters = [
+        {"filter": t.filter, "value": _shortest(t.values, common)}
+        for t in sorted(templates, key=lambda t: -len(t.filter))
+        if not _fits(t, common)
+    ]
+    return [*filters, {"value": rest}] if filters else rest
+
+
+def _fits(template: Template, common: Sequence[float]) -> bool:
+    """Whether the default gives the template its values; outside the layers, lists give their first."""
+    wanted = common if template.layered else common[:1]
+    return all(v is None or v == c for v, c in zip(template.values, wanted, strict=False)) and (
+        not template.layered or len(template.values) == len(common)
+    )
+
+
+def _shortest(values: Values, common: Sequence[float]) -> Any:
+    """Values with the gaps filled: a number if they all agree, else a list."""
+    known = [v for v in values if v is not None]
+    if len(set(known)) <= 1:
+        return known[0] if known else common[0]
+    return [known[0] if v is None else v for v in values]
+
+
+def _most_common(rows: Sequence[Values]) -> tuple[float, ...]:
+    """The row most templates share; gaps filled with 0."""
+    best = max(rows, key=lambda row: sum(row == other for other in rows))
+    fill = next((v for v in best if v is not None), 0.0)
+    return tuple(fill if v is None else v for v in best)
+
+
+def _templates(roles: Mapping[str, Role], values: Mapping[str, float]) -> list[Template]:
+    """Tensors grouped by their name without the layer's number."""
+    depth: dict[str, int] = {}
+    for role in roles.values():
+        if role.layer is not None:
+            depth[role.stack] = max(depth.get(role.stack, 0), role.layer + 1)
+    rows: dict[str, list[float | None]] = {}
+    single: list[Template] = []
+    for tensor, role in roles.items():
+        suffix = layer_suffix(tensor, role.layer)
+        if suffix is None or role.layer is None:
+            single.append(Template(tensor, (values.get(tensor),), layered=False))
+        else:
+            rows.setdefault(suffix, [None] * depth[role.stack])[role.layer] = values.get(tensor)
+    return [Template(suffix, tuple(row), layered=True) for suffix, row in rows.items()] + single
+
+
+def layer_suffix(tensor: str, layer: int | None) -> str | None:
+    """What follows the layer's number in a tensor's name: `self_attn.q_proj.weight`; None outside the layers."""
+    if layer is None:
+        return None
+    found = re.search(rf"\.{layer}\.(.+)$", f".{tensor}")
+    return found.group(1) if found else None
+
+
+def _verify(roles: Mapping[str, Role], wanted: Mapping[str, float], setting: Any) -> None:
+    depth: dict[str, int] = {}
+    for role in roles.values():
+        if role.layer is not None:
+            depth[role.stack] = max(depth.get(role.stack, 0), role.layer + 1)
+    for tensor, role in roles.items():
+        layers = depth.get(role.stack, 0)
+        t = 0.0 if role.layer is None else (role.layer / (layers - 1) if layers > 1 else 1.0)
+        got = resolve(setting, tensor, t)
+        if tensor in wanted and (not isinstance(got, (int, float)) or abs(got - wanted[tensor]) > 1e-9):
+            raise RecipeError(
+                f"mergekit's filters cannot express alpha {wanted[tensor]} for {tensor} (they give {got}). "
+                "Use a coarser search space."
+            )

@@ -1,0 +1,185 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import toy
+import yaml
+from click.testing import CliRunner
+
+from arma_mergekit.cli import tune as tune_module  # noqa: F401 - the entry point exists
+from arma_mergekit.cli.tune import command
+from arma_mergekit.errors import RecipeError, RunError
+from arma_mergekit.plan import plan
+from arma_mergekit.recipe import Recipe
+
+SUITES = "general,domain"
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory):
+    return toy.make_pair(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def finished(recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    return out, invoke(recipe, out)
+
+
+def invoke(recipe, out, *options, suites=SUITES):
+    return CliRunner().invoke(
+        command, [str(recipe), "--eval", suites, "--out", str(out), *options], catch_exceptions=False
+    )
+
+
+def results(out):
+    """What a run found, without the times."""
+    found = json.loads((out / "summary.json").read_text())
+    found.pop("seconds")
+    return found, (out / "tuned.yml").read_text().split("\n", 2)[2]
+
+
+def test_a_run_ends_with_a_table_a_verdict_per_arm_and_the_next_command(finished):
+    out, result = finished
+    assert result.exit_code == 0
+    assert "Held-back items" in result.stdout
+    for name in ("base", "fine-tuned", "one knob, everything", "bayes", "rl", "gradient"):
+        assert name in result.stdout
+    assert f"mergekit-yaml {out / 'tuned.yml'} merged/" in result.stdout
+    verdicts = json.loads((out / "summary.json").read_text())["verdicts"]
+    assert [v["name"] for v in verdicts] == ["bayes", "rl", "gradient"]
+    assert all(v["sentence"] in result.stdout for v in verdicts)
+
+
+def test_the_winner_keeps_more_of_both_suites_than_either_end(finished):
+    out, _ = finished
+    found = json.loads((out / "summary.json").read_text())
+    by_name = {c["name"]: c for c in found["candidates"]}
+    assert by_name[found["best"]]["search_reward"] > 0.3
+    assert min(by_name["base"]["share_kept"].values()) == pytest.approx(0, abs=1e-9)
+    assert min(by_name["fine-tuned"]["share_kept"].values()) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_tuned_recipe_plans_without_errors_and_says_what_was_scored(finished):
+    out, _ = finished
+    found = json.loads((out / "summary.json").read_text())
+    alphas = next(c["alphas"] for c in found["candidates"] if c["name"] == found["best"])
+    planned = plan(Recipe.load(out / "tuned.yml"))
+    assert planned.errors == ()
+    got = {t.name: t.alphas[0] for t in planned.tensors if t.name in alphas}
+    assert got == pytest.approx(alphas, abs=1e-6)
+
+
+def test_the_stock_recipe_has_no_word_of_ours(finished):
+    out, _ = finished
+    stock = yaml.safe_load((out / "stock.yml").read_text())
+    assert stock["merge_method"] == "linear"
+    assert set(stock) <= {"merge_method", "models", "parameters", "dtype"}
+
+
+def test_no_searcher_sees_a_held_back_item_or_a_watched_task(finished):
+    out, _ = finished
+    records = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+    ends = next(r for r in records if r["key"] == "ends")["base"]
+    held = next(r for r in records if r["key"].startswith("held back"))["held"]
+    trials = [r for r in records if "reward" in r]
+    assert (
+        {key for r in trials for key in r["scores"]}
+        == set(ends)
+        == {"general/kl:general", "domain/generate:sums"}
+    )
+    for key, scores in ends.items():
+        assert not set(scores["ids"]) & set(held[key]["ids"])
+    assert "general/nll:general" in held
+
+
+def test_the_same_command_again_scores_nothing_and_finds_the_same(finished, recipe):
+    out, _ = finished
+    before, journal = results(out), (out / "trials.jsonl").read_bytes()
+    assert invoke(recipe, out).exit_code == 0
+    assert results(out) == before
+    assert (out / "trials.jsonl").read_bytes() == journal
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_a_run_cut_off_anywhere_goes_on_to_the_same_result(finished, recipe, tmp_path, share):
+    out, _ = finished
+    journal = (out / "trials.jsonl").read_bytes()
+    (tmp_path / "trials.jsonl").write_bytes(journal[: int(len(journal) * share)])
+    assert invoke(recipe, tmp_path).exit_code == 0
+    assert results(tmp_path)[0]["candidates"] == results(out)[0]["candidates"]
+    assert results(tmp_path)[1] == results(out)[1]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_result(finished, recipe, tmp_path):
+    out, _ = finished
+    call = [
+        sys.executable,
+        "-m",
+        "arma_mergekit",
+        "tune",
+        str(recipe),
+        "--eval",
+        SUITES,
+        "--out",
+        str(tmp_path),
+    ]
+    for kill in range(20):
+        running = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(4 + 0.37 * kill)
+        if running.poll() is None:
+            os.kill(running.pid, signal.SIGKILL)
+        running.wait()
+    assert invoke(recipe, tmp_path).exit_code == 0
+    assert results(tmp_path)[0]["candidates"] == results(out)[0]["candidates"]
+
+
+def test_keep_is_respected_on_the_search_items(recipe, tmp_path):
+    options = ["--maximize", "general", "--keep", "domain=90%", "--searchers", "gradient", "--trials", "6"]
+    assert invoke(recipe, tmp_path, *options).exit_code == 0
+    records = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    found = json.loads((tmp_path / "summary.json").read_text())
+    full = [
+        r
+        for r in records
+        if r["key"].startswith("gradient/") and r["part"] is None and not r["wants_gradient"]
+    ]
+    feasible = [r["reward"] for r in full if r["feasible"]]
+    assert all(r["feasible"] == (r["shares"]["domain"] >= 0.9) for r in full)
+    gradient = next(c for c in found["candidates"] if c["name"] == "gradient")
+    assert gradient["search_reward"] == (max(feasible) if feasible else max(r["reward"] for r in full))
+
+
+def test_a_run_directory_of_another_recipe_is_refused_naming_what_changed(finished, recipe):
+    out, _ = finished
+    with pytest.raises(RunError, match=r"recipe was .*another --out"):
+        invoke(recipe, out, "--maximize", "general", "--keep", "domain=90%")
+
+
+def test_a_larger_budget_extends_a_run_without_asking_again(finished, recipe, tmp_path):
+    out, _ = finished
+    before = (out / "trials.jsonl").read_bytes()
+    (tmp_path / "trials.jsonl").write_bytes(before)
+    assert invoke(recipe, tmp_path, "--trials", "6").exit_code == 0
+    after = (tmp_path / "trials.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert {json.loads(line)["key"] for line in after[len(before) :].splitlines()} >= {"bayes/0/4", "rl/0/5"}
+
+
+def test_an_unknown_suite_is_refused_with_the_nearest_name(recipe, tmp_path):
+    with pytest.raises(RecipeError, match="Did you mean general"):
+        invoke(recipe, tmp_path, suites="generl,domain")
+
+
+def test_keep_without_maximize_is_a_usage_error(recipe, tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "arma_mergekit", "tune", str(recipe), "--eval", SUITES, "--keep", "domain=9%"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert "--maximize" in run.stderr
