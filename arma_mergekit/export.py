@@ -46,8 +46,6 @@ def tuned_recipe(
     rest = _setting(others, alphas, default=0.0)
     result["models"][0]["parameters"] = {"alpha": alpha}
     result["parameters"] = {"rest": rest}
-    _verify(attention, alphas, alpha)
-    _verify(others, alphas, rest)
     return result
 
 
@@ -66,7 +64,6 @@ def stock_recipe(
     result["models"] = []
     for model, weights, default in sides:
         setting = _setting(roles, weights, default)
-        _verify(roles, weights, setting)
         result["models"].append({"model": model, "parameters": {"weight": setting}})
     # extrapolated weights still add up to 1, so there is nothing to normalise
     result["parameters"] = {"normalize": False}
@@ -74,7 +71,23 @@ def stock_recipe(
 
 
 def _setting(roles: Mapping[str, Role], values: Mapping[str, float], default: float) -> Any:
-    """The shortest setting of mergekit's kinds: a number, a list over depth, or filters before a default."""
+    """The shortest setting that gives each tensor its value; RecipeError if mergekit's filters cannot say it."""
+    short = _by_template(roles, values, default)
+    if _disagreement(roles, values, short) is None:
+        return short
+    # two stacks whose tensors differ in nothing after the layer's number: name every tensor
+    whole = [{"filter": t, "value": values[t]} for t in sorted(values, key=lambda t: -len(t)) if t in roles]
+    setting = [*whole, {"value": default}]
+    wrong = _disagreement(roles, values, setting)
+    if wrong is not None:
+        raise RecipeError(
+            f"mergekit's filters cannot tell {wrong} from another tensor. Use a coarser search space."
+        )
+    return setting
+
+
+def _by_template(roles: Mapping[str, Role], values: Mapping[str, float], default: float) -> Any:
+    """A number, a list over depth, or filters before a default: one filter for tensors that differ in layer only."""
     templates = _templates(roles, values)
     layered = [t for t in templates if t.layered]
     common = _most_common([t.values for t in layered]) if layered else (default,)
@@ -112,10 +125,7 @@ def _most_common(rows: Sequence[Values]) -> tuple[float, ...]:
 
 def _templates(roles: Mapping[str, Role], values: Mapping[str, float]) -> list[Template]:
     """Tensors grouped by their name without the layer's number."""
-    depth: dict[str, int] = {}
-    for role in roles.values():
-        if role.layer is not None:
-            depth[role.stack] = max(depth.get(role.stack, 0), role.layer + 1)
+    depth = _depth(roles)
     rows: dict[str, list[float | None]] = {}
     single: list[Template] = []
     for tensor, role in roles.items():
@@ -123,7 +133,7 @@ def _templates(roles: Mapping[str, Role], values: Mapping[str, float]) -> list[T
         if suffix is None or role.layer is None:
             single.append(Template(tensor, (values.get(tensor),), layered=False))
         else:
-            rows.setdefault(suffix, [None] * depth[role.stack])[role.layer] = values.get(tensor)
+            rows.setdefault(suffix, [None] * max(depth.values()))[role.layer] = values.get(tensor)
     return [Template(suffix, tuple(row), layered=True) for suffix, row in rows.items()] + single
 
 
@@ -135,17 +145,22 @@ def layer_suffix(tensor: str, layer: int | None) -> str | None:
     return found.group(1) if found else None
 
 
-def _verify(roles: Mapping[str, Role], wanted: Mapping[str, float], setting: Any) -> None:
+def _depth(roles: Mapping[str, Role]) -> dict[str, int]:
+    """Layers of each stack."""
     depth: dict[str, int] = {}
     for role in roles.values():
         if role.layer is not None:
             depth[role.stack] = max(depth.get(role.stack, 0), role.layer + 1)
+    return depth
+
+
+def _disagreement(roles: Mapping[str, Role], wanted: Mapping[str, float], setting: Any) -> str | None:
+    """The first tensor to which mergekit's rules give another value than wanted, or None."""
+    depth = _depth(roles)
     for tensor, role in roles.items():
         layers = depth.get(role.stack, 0)
         t = 0.0 if role.layer is None else (role.layer / (layers - 1) if layers > 1 else 1.0)
         got = resolve(setting, tensor, t)
         if tensor in wanted and (not isinstance(got, (int, float)) or abs(got - wanted[tensor]) > 1e-9):
-            raise RecipeError(
-                f"mergekit's filters cannot express alpha {wanted[tensor]} for {tensor} (they give {got}). "
-                "Use a coarser search space."
-            )
+            return tensor
+    return None

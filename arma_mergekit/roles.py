@@ -78,7 +78,7 @@ MODULES = _Table(
     linear_attn=r"(linear|lin|lightning)_?(attn|attention)|\w*delta_?net|gdn|kda|retention|time_mix\w*|[ms]?lstm\w*",
     mamba=r"mamba\d?|ssm|mamba_mixer",
     conv=r"(short_?)?conv|\w*(_sconv|_convolution)",
-    attention=r"((self|cross|x|rel|inter|local_?self|transient_?global_?self|longformer_self|multi_?head|enc_?dec"
+    attention=r"((self|cross|x|rel|inter|local_?self|transient_?global_?self|multi_?head|enc_?dec"
     r"|encoder(_?decoder)?)_?)?(attn|attention|att)s?|cross_attn_layers|mha|att_proj|attn_out",
     mixer=r"mixer|temporal_block",
 )
@@ -87,10 +87,10 @@ RECURRENT = re.compile(
     r"A_log|dt_bias|slope_rate|forget_gate|output_gate|time_\w+|g_norm\w*|([bf]|f_[ab]|gk)_proj|[wag]_lora|[qkv]_conv1d"
 )
 STATE_SPACE = re.compile(r"A_log|D|dt_bias|(dt|x|in|out)_proj|conv_?1d|rg_lru|linear_(x|y|out)")
+# In a `mixer` these mean attention, and the row above another mixer
 MIXER_ATTENTION = re.compile(r"[qkvo]_proj|W?qkv(_proj)?")
-LINEAR_TYPE = re.compile(
-    r"linear|lightning|delta|kda"
-)  # searched for in an entry of config.json's layer_types
+# Searched for in what config.json calls a layer
+LINEAR_TYPE = re.compile(r"linear|lightning|delta|kda")
 # The same asked of a module's class
 CLASSES = _Table(
     linear_attn=r"\w*DeltaNet|xLSTMLayer|\w*RecurrentBlock",
@@ -217,11 +217,8 @@ def roles_from_model(model: nn.Module) -> dict[str, Role]:
 
 def _kind_of_class(module: nn.Module) -> str:
     kind = CLASSES.part(type(module).__name__)
-    if kind == "attention" and any(
-        RECURRENT.fullmatch(w) for name in module.state_dict() for w in name.split(".")
-    ):
-        return "linear_attn"
-    return kind
+    words = {word for name in module.state_dict() for word in name.split(".")} if kind == "attention" else ()
+    return "linear_attn" if any(map(RECURRENT.fullmatch, words)) else kind
 
 
 def _reads_no_text(chain: Sequence[object]) -> bool:
@@ -281,10 +278,11 @@ def _layer_type(config: Mapping[str, Any], layer: int | None) -> str:
     if layer is None:
         return ""
     kimi = text.get("linear_attn_config")
-    if isinstance(kimi, Mapping) and layer + 1 in (kimi.get("kda_layers") or ()):
+    counted_from_one = kimi.get("kda_layers") if isinstance(kimi, Mapping) else None
+    if isinstance(counted_from_one, (list, tuple)) and layer + 1 in counted_from_one:
         return "kda"
     types = text.get("layer_types") or text.get("attn_type_list")
-    if not isinstance(types, Sequence) or layer >= len(types):
+    if not isinstance(types, (list, tuple)) or layer >= len(types):
         return ""
     return "linear" if types[layer] == 0 else str(types[layer])
 
@@ -306,9 +304,8 @@ def _describe(parts: Sequence[str], at: int, kind: str) -> Role:
     """Role of a tensor whose module stands at ``at`` and is of this kind, "" for none."""
     layer, stack = _layer(parts, at)
     if kind == "vision":
-        return Role(
-            layer, "vision", False, "audio" if any(AUDIO.search(w.lower()) for w in parts) else "vision"
-        )
+        hears = any(AUDIO.search(word.lower()) for word in parts)
+        return Role(layer, "vision", False, "audio" if hears else "vision")
     if kind == "attention":
         part = _attention_part(parts[at], parts[at + 1 :])
         return Role(layer, part, part != "norm", stack)

@@ -336,6 +336,18 @@ def test_a_broken_link_says_so(model):
         Checkpoint.open(str(model))
 
 
+def test_links_in_a_circle_pipes_and_endless_paths_do_not_hang_or_crash(model):
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").symlink_to("model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a link to"):
+        Checkpoint.open(str(model))
+    os.mkfifo(model / "model.safetensors.index.json")
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors\.index\.json"):
+        Checkpoint.open(str(model))
+    with pytest.raises(CheckpointError, match=r"Cannot read .* name too long"):
+        Checkpoint.open("x" * 5000)
+
+
 def test_references_have_mergekits_syntax():
     parse = ModelReference.parse
     assert parse("a/b") == ModelReference("a/b")

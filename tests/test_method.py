@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import arma_mergekit.method
 from arma_mergekit.errors import CheckpointError, RecipeError
 from arma_mergekit.kernel import average
-from arma_mergekit.method import arma, one_thread
+from arma_mergekit.method import arma
 
 ATTENTION = "model.layers.1.self_attn.q_proj.weight"
 REST = "model.layers.1.mlp.up_proj.weight"
@@ -373,22 +373,23 @@ def test_what_a_name_leaves_open_is_settled_by_the_checkpoint_mergekit_has_open(
     assert arma([group], parameters=parameters)[0].item() == 1
 
 
-def test_threads_are_one_inside_and_as_before_outside_even_after_an_error():
+def test_average_runs_on_one_thread_and_gives_the_others_back_even_after_an_error(monkeypatch):
+    seen = []
+
+    def spy(*operands):
+        seen.append(torch.get_num_threads())
+        return average(*operands)
+
+    monkeypatch.setattr(arma_mergekit.method, "average", spy)
+    options = {"base_index": 0, "name": ATTENTION, "parameters": {"alpha": 0.5}}
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with one_thread():
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 2
+        merge_tensors([torch.ones(1), torch.zeros(1)], "arma", **options)
+        assert (seen, torch.get_num_threads()) == ([1], 2)
         with pytest.raises(CheckpointError):
-            merge_tensors(
-                [torch.ones(1), torch.tensor([math.nan])],
-                "arma",
-                base_index=0,
-                name=ATTENTION,
-                parameters={"alpha": 0.5},
-            )
-        assert torch.get_num_threads() == 2
+            merge_tensors([torch.ones(1), torch.tensor([math.nan])], "arma", **options)
+        assert (seen, torch.get_num_threads()) == ([1, 1], 2)
     finally:
         torch.set_num_threads(before)
 

@@ -444,6 +444,7 @@ NAMES = [
     ("model.layers.3.self_attn.q_b_proj.weight", 3, "q_b", "q", True),
     ("model.layers.3.self_attn.kv_a_proj_with_mqa.weight", 3, "kv_a", "kv", True),
     ("model.layers.3.self_attn.kv_b_proj.weight", 3, "kv_b", "kv", True),
+    ("model.layers.3.self_attn.indexer.wq_b.weight", 3, "other_attention", "other", True),
     ("base_model.model.model.layers.3.self_attn.v_proj.lora_A.weight", 3, "v", "v", True),
     ("model.layers.3.self_attn.qkv_proj.weight", 3, "qkv", "qkv", True),
     ("model.layers.3.self_attn.W_pack.weight", 3, "qkv", "qkv", True),
@@ -539,7 +540,7 @@ CONFIGS = st.none() | st.dictionaries(
     | st.integers()
     | st.text(max_size=3)
     | st.lists(st.text(max_size=3))
-    | st.just({"kda_layers": None}),
+    | st.just({"kda_layers": "1"}),
 )
 
 

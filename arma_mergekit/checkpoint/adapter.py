@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arma_mergekit.checkpoint.header import FLOATS, TensorInfo, read_header, read_json
-from arma_mergekit.checkpoint.locate import ModelReference, contained, locate
+from arma_mergekit.checkpoint.locate import ModelReference, contained, locate, readable
 from arma_mergekit.checkpoint.model import Checkpoint, read_tensor, some
 from arma_mergekit.errors import CheckpointError
 from arma_mergekit.kernel import LARGEST_BF16, _narrow, _widen
@@ -86,9 +86,10 @@ def open_model(ref: str, base_dir: Path | None = None) -> Checkpoint:
     base = Checkpoint.open(ref.partition("+")[0], base_dir)
     if reference.adapter is None:
         return base
-    path = locate(reference.adapter, reference.adapter_revision, base_dir)
-    config = _read_config(path)
-    factors = _factors(path, config, base)
+    with readable(ref):
+        path = locate(reference.adapter, reference.adapter_revision, base_dir)
+        config = _read_config(path)
+        factors = _factors(path, config, base)
     return AdaptedCheckpoint(ref, base.path, base.config, base.tensors, factors)
 
 

@@ -11,12 +11,14 @@ cache is the one place where weight files may be symlinks out of the directory:
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from arma_mergekit.errors import CheckpointError
 
-__all__ = ["ModelReference", "contained", "locate"]
+__all__ = ["ModelReference", "contained", "locate", "readable"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -42,6 +44,17 @@ class ModelReference:
             )
         named = [(part[0], part[1] if len(part) == 2 else None) for part in parts]
         return cls(*named[0], *(named[1] if adapters else ()))
+
+
+@contextmanager
+def readable(ref: str) -> Iterator[None]:
+    """Within it, an operating system that refuses to read makes a CheckpointError about ``ref``."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot read {ref[:200]}: {error.strerror}; check the path and its rights."
+        ) from error
 
 
 def locate(path: str, revision: str | None = None, base_dir: Path | None = None) -> Path:
@@ -89,7 +102,10 @@ def contained(directory: Path, name: str) -> Path:
             f"{directory} refers to {name!r}, which is outside the model; do not trust this model."
         )
     file = directory / name
-    real, home = file.resolve(), directory.resolve()
+    try:
+        real, home = file.resolve(), directory.resolve()
+    except RuntimeError as error:  # what Python says to a loop up to 3.12
+        raise CheckpointError(f"{file} is a link to itself; put the file itself in its place.") from error
     if home in real.parents or (
         home.parent.name == "snapshots" and home.parent.parent / "blobs" in real.parents
     ):

@@ -5,7 +5,7 @@ It knows one model; no adapters, other models or recipes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from arma_mergekit.checkpoint.header import TensorInfo, read_header, read_json
-from arma_mergekit.checkpoint.locate import ModelReference, contained, locate
+from arma_mergekit.checkpoint.locate import ModelReference, contained, locate, readable
 from arma_mergekit.errors import CheckpointError
 
-__all__ = ["Checkpoint", "tensors_of"]
+__all__ = ["Checkpoint", "read_tensor", "some", "tensors_of"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -50,8 +50,9 @@ class Checkpoint:
         reference = ModelReference.parse(ref)
         if reference.adapter is not None:
             raise CheckpointError(f"{ref} has an adapter; open it with open_model.")
-        path = locate(reference.model, reference.revision, base_dir)
-        return cls(ref, path, read_json(_existing(path, "config.json")), tensors_of(path))
+        with readable(ref):
+            path = locate(reference.model, reference.revision, base_dir)
+            return cls(ref, path, read_json(_existing(path, "config.json")), tensors_of(path))
 
     def bytes_read(self, name: str) -> int:
         """Bytes of files that reading this tensor touches."""
@@ -86,7 +87,7 @@ def tensors_of(path: Path) -> dict[str, TensorInfo]:
             "delete the stale one."
         )
     if index:
-        return _sharded(path, read_json(contained(path, INDEX)))
+        return _sharded(path, read_json(_existing(path, INDEX)))
     return dict(sorted(read_header(_existing(path, SINGLE)).items()))
 
 
@@ -154,8 +155,8 @@ def _disagreements(
     return [f"Shard {file} {fault.format(some(names))}." for fault, names in faults.items() if names]
 
 
-def some(names: set[str] | list[str]) -> str:
-    """The first few names and how many more there are."""
+def some(names: Collection[str]) -> str:
+    """The first few names, and how many more there are."""
     shown = sorted(names)[:NAMED]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(shown) + more

@@ -29,14 +29,16 @@ PROBE = """
 import json, sys, warnings
 hook = any(type(finder).__module__ == "arma_mergekit.plugin" for finder in sys.meta_path)
 seen = {"hook": hook, "owner": None, "error": ""}
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
+warnings.simplefilter("ignore")
+try:
+    from mergekit.merge_methods.registry import get
+    seen["owner"] = type(get("arma")).__module__
+except Exception as error:
+    seen["error"] = f"{type(error).__name__}: {error}"
     try:
-        from mergekit.merge_methods.registry import get
-        seen["owner"] = type(get("arma")).__module__
+        import arma_mergekit.method  # the hook only warns, so ask for the reason
     except Exception as error:
         seen["error"] = f"{type(error).__name__}: {error}"
-seen["error"] = next((str(w.message) for w in caught if "method: arma" in str(w.message)), seen["error"])
 print(json.dumps(seen))
 """
 
@@ -54,7 +56,7 @@ class Check:
 
 
 def probe() -> dict[str, Any]:
-    """What a new interpreter sees: hook (bool, None if it broke), owner (module of the method), error (text)."""
+    """What a new interpreter sees: hook (None if it broke), owner (module of the method), error (text)."""
     scripts = sysconfig.get_path("scripts")
     command = [sys.executable, "-c", PROBE]
     done = subprocess.run(command, cwd=scripts, capture_output=True, text=True, check=False)
@@ -75,7 +77,9 @@ def verdict(seen: dict[str, Any]) -> Check:
     if seen["hook"] is False:
         text = f"mergekit does not see merge_method: arma, because Python did not run {START_FILE}."
         return Check("bad", text, f"Install with pip into {sys.prefix}, or {WITHOUT}.")
-    return Check("bad", f"mergekit does not see merge_method: arma. {seen['error']}", "Fix that first.")
+    return Check(
+        "bad", f"mergekit does not see merge_method: arma, because of {seen['error']}.", "Fix that first."
+    )
 
 
 def mergekit_version(version: str | None) -> Check:

@@ -12,9 +12,10 @@ from typing import Any
 
 from arma_mergekit.checkpoint import Checkpoint
 from arma_mergekit.checkpoint.header import FLOATS
+from arma_mergekit.checkpoint.model import some
 from arma_mergekit.roles import Role
 
-__all__ = ["Findings", "compare", "examine", "layer_counts", "setting", "some"]
+__all__ = ["Findings", "compare", "examine", "layer_counts", "setting"]
 
 # buffers that old checkpoints hold and every model computes for itself
 RECOMPUTED = (
@@ -25,7 +26,6 @@ RECOMPUTED = (
     "attention.masked_bias",
 )
 SAME_CONFIG = ("num_attention_heads", "num_key_value_heads", "head_dim")
-NAMED = 3
 
 
 @dataclass
@@ -35,12 +35,6 @@ class Findings:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     left_out: set[str] = field(default_factory=set)
-
-
-def some(names: Collection[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = len(names) - NAMED
-    return ", ".join(sorted(names)[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def setting(config: Mapping[str, Any], key: str) -> Any:

@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 from arma_mergekit.checkpoint import AdaptedCheckpoint, Checkpoint, open_model
 from arma_mergekit.checkpoint.header import DTYPE_BITS, FLOATS
+from arma_mergekit.checkpoint.model import some
 from arma_mergekit.errors import CheckpointError, RecipeError
 from arma_mergekit.kernel import round_alpha, sole_operand
-from arma_mergekit.plan.compare import compare, examine, some
+from arma_mergekit.plan.compare import compare, examine
 from arma_mergekit.plan.selectors import NEVER_USED, Scope, check_selectors
 from arma_mergekit.recipe import ModelEntry, Recipe, resolve
 from arma_mergekit.recipe.document import read_yaml

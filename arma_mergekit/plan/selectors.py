@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from arma_mergekit.plan.compare import Findings, layer_counts, setting, some
+from arma_mergekit.checkpoint.model import some
+from arma_mergekit.plan.compare import Findings, layer_counts, setting
 from arma_mergekit.recipe import Setting
 from arma_mergekit.recipe.settings import conditions
 from arma_mergekit.roles import Role

@@ -24,24 +24,24 @@ from pydantic import (
 from arma_mergekit.errors import RecipeError, unknown
 from arma_mergekit.recipe.settings import REST
 from arma_mergekit.recipe.strict import Strict, listed
+from arma_mergekit.search import SEARCHERS
+from arma_mergekit.space import WORDS
 
 __all__ = ["Objective", "TuneConfig"]
 
-GROUPS = ("global", "kind", "block:N", "kernel", "layer", "tensor", "everything")
-GROUP = re.compile(r"(global|kind|kernel|layer|tensor|everything|block:[1-9]\d*)(:qkvo)?")
-SEARCHERS = ("random", "grid", "bayes", "bayes:gp", "cmaes", "rl", "gradient")
+GROUP = re.compile(f"({'|'.join(WORDS)})(:qkvo)?".replace("block:N", r"block:[1-9]\d*"))
 PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 
 def _group(word: Any) -> Any:
     if not isinstance(word, str) or not GROUP.fullmatch(word):
-        raise ValueError(f": {unknown('search space', str(word), GROUPS)}")
+        raise ValueError(f": {unknown('search space', str(word), WORDS)}")
     return word
 
 
 def _rest(word: Any) -> Any:
     if isinstance(word, str) and word not in REST and not GROUP.fullmatch(word):
-        raise ValueError(f": {unknown('search space', word, [*GROUPS, *REST, 'a number'])}")
+        raise ValueError(f": {unknown('search space', word, [*WORDS, *REST, 'a number'])}")
     if isinstance(word, bool) or not isinstance(word, str | int | float):
         raise ValueError(f" must be a search space, base, finetuned or a number, but got {word!r}.")
     if not isinstance(word, str) and not math.isfinite(word):
