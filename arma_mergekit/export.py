@@ -44,7 +44,7 @@ def tuned_recipe(
     others = {t: r for t, r in roles.items() if not r.attention}
     alpha = _setting(attention, alphas, default=0.0)
     rest = _setting(others, alphas, default=0.0)
-    result["models"][0]["parameters"] = {"alpha": alpha}
+    finetuned(result)["parameters"] = {"alpha": alpha}
     result["parameters"] = {"rest": rest}
     return result
 
@@ -59,7 +59,7 @@ def stock_recipe(
     result["merge_method"] = "linear"
     sides = (
         (raw["base_model"], {t: round(1 - a, 7) for t, a in alphas.items()}, 1.0),
-        (raw["models"][0]["model"], dict(alphas), 0.0),
+        (finetuned(raw)["model"], dict(alphas), 0.0),
     )
     result["models"] = []
     for model, weights, default in sides:
@@ -68,6 +68,12 @@ def stock_recipe(
     # extrapolated weights still add up to 1, so there is nothing to normalise
     result["parameters"] = {"normalize": False}
     return result
+
+
+def finetuned(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of the one model that is not the base."""
+    entry: dict[str, Any] = next(m for m in raw["models"] if m["model"] != raw["base_model"])
+    return entry
 
 
 def _setting(roles: Mapping[str, Role], values: Mapping[str, float], default: float) -> Any:

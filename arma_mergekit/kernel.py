@@ -31,7 +31,7 @@ from arma_mergekit.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["average", "average_numpy", "round_alpha", "sole_operand"]
+__all__ = ["average", "average_numpy", "narrow", "round_alpha", "sole_operand", "widen"]
 
 CHUNK = 1 << 18  # elements: three float32 buffers of 1 MiB stay in a core's cache
 LARGEST_BF16 = 3.3895313892515355e38
@@ -105,12 +105,12 @@ def average(
     buffers = torch.empty(4, size, dtype=wide, device=base.device)
     for start in range(0, base.numel(), size or 1):
         part = slice(start, min(start + size, base.numel()))
-        narrow, other, scratch, total = buffers[:, : part.stop - start]
-        narrow.copy_(flat[part])
-        total.copy_(narrow)
+        origin, other, scratch, total = buffers[:, : part.stop - start]
+        origin.copy_(flat[part])
+        total.copy_(origin)
         for tensor, alpha in used:
             other.copy_(tensor[part])
-            _add_delta(torch, total, narrow, other, alpha, scratch)
+            _add_delta(torch, total, origin, other, alpha, scratch)
         if check:
             lowest, highest = torch.aminmax(total)
             _check_finite(float(lowest), float(highest), largest)
@@ -140,19 +140,19 @@ def average_numpy(
     buffers = np.empty((4, size), wide)
     for start in range(0, base.size, size or 1):
         part = slice(start, min(start + size, base.size))
-        narrow, other, scratch, total = buffers[:, : part.stop - start]
-        _widen(flat[part], narrow)
-        total[:] = narrow
+        origin, other, scratch, total = buffers[:, : part.stop - start]
+        widen(flat[part], origin)
+        total[:] = origin
         for tensor, alpha in used:
-            _widen(tensor[part], other)
-            _add_delta(np, total, narrow, other, alpha, scratch)
+            widen(tensor[part], other)
+            _add_delta(np, total, origin, other, alpha, scratch)
         if check:
             _check_finite(float(total.min()), float(total.max()), largest)
-        _narrow(total, result[part])
+        narrow(total, result[part])
     return out
 
 
-def _widen(source: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
+def widen(source: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
     """Exact conversion to the arithmetic's dtype; a bf16 is the upper half of a float32."""
     if source.dtype == np.uint16:
         bits = source.astype(np.uint32)
@@ -162,7 +162,7 @@ def _widen(source: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
         out[:] = source
 
 
-def _narrow(source: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
+def narrow(source: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
     """One rounding to nearest even, into ``out``."""
     if out.dtype != np.uint16:
         out[:] = source

@@ -36,11 +36,11 @@ def load_live(recipe: Recipe, device: str | None = None) -> Loaded:
 
     from arma_mergekit.live import LiveModel
 
-    if len(recipe.models) != 1:
+    if len(recipe.finetuned) != 1:
         raise CheckpointError(
-            f"Searching needs exactly one fine-tuned model, but the recipe has {len(recipe.models)}."
+            f"Searching needs exactly one fine-tuned model, but the recipe has {len(recipe.finetuned)}."
         )
-    base, tuned = open_model(recipe.base_model), open_model(recipe.models[0].model)
+    base, tuned = open_model(recipe.base_model), open_model(recipe.finetuned[0].model)
     dtype = getattr(
         torch, recipe.dtype or base.config.get("dtype") or base.config.get("torch_dtype") or "float32"
     )

@@ -29,6 +29,7 @@ from arma_mergekit.evals.base import Measured
 from arma_mergekit.live import LiveModel
 from arma_mergekit.load import Loaded, load_live, load_tokenizer
 from arma_mergekit.objective import Reward
+from arma_mergekit.plan import plan
 from arma_mergekit.recipe import Recipe
 from arma_mergekit.roles import roles
 from arma_mergekit.scoring import DECIMALS, Scored, Scorer, Separation
@@ -95,8 +96,9 @@ class Tuner:
 
     def __init__(self, recipe: Recipe, suites: Sequence[str], out: Path, progress: Progress) -> None:
         self.recipe, self.suites, self.out, self.progress = recipe, tuple(suites), out, progress
+        plan(recipe, require_alpha=False).check()
         self.journal = Journal(out / "trials.jsonl", fingerprint(recipe, suites))
-        progress("load", {"base": recipe.base_model, "tuned": recipe.models[0].model})
+        progress("load", {"base": recipe.base_model, "tuned": recipe.finetuned[0].model})
         self.loaded: Loaded = load_live(recipe)
         tasks = make_suites(recipe, suites, load_tokenizer(recipe))
         self.scorer = Scorer(self.live, tasks, recipe.tune.holdout)

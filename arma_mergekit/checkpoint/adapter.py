@@ -29,7 +29,7 @@ from arma_mergekit.checkpoint.header import FLOATS, TensorInfo, read_header, rea
 from arma_mergekit.checkpoint.locate import ModelReference, contained, locate, readable
 from arma_mergekit.checkpoint.model import Checkpoint, read_tensor, some
 from arma_mergekit.errors import CheckpointError
-from arma_mergekit.kernel import LARGEST_BF16, _narrow, _widen
+from arma_mergekit.kernel import LARGEST_BF16, narrow, widen
 
 __all__ = ["AdaptedCheckpoint", "Factors", "open_model"]
 
@@ -216,7 +216,7 @@ def _wide(tensor: TensorInfo) -> npt.NDArray[np.float64]:
     """A factor in float64; exact."""
     array = read_tensor(tensor)
     out = np.empty(array.shape, np.float64)
-    _widen(array, out)
+    widen(array, out)
     return out
 
 
@@ -234,12 +234,12 @@ def _fold(weight: TensorInfo, base: npt.NDArray[Any], factors: Factors) -> npt.N
         delta = (left[part] @ right).astype(kind)
         delta *= kind(factors.scale)
         total = np.empty_like(delta)
-        _widen(base[part], total)
+        widen(base[part], total)
         total += delta
         if not (np.abs(total) <= largest).all():  # NaN fails too
             raise CheckpointError(
                 f"{weight.file}, tensor {weight.name!r}: with adapter {factors.b.file} its values are not "
                 f"finite or exceed {largest:g}; one of the two is broken."
             )
-        _narrow(total, out[part])
+        narrow(total, out[part])
     return out

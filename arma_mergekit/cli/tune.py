@@ -57,7 +57,7 @@ def command(recipe: Path, suites: list[str], out: Path | None, as_json: bool, **
     """
     # before torch is imported: idle OpenMP threads that spin cost more than they give on few cores
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from arma_mergekit.recipe import Recipe
 
