@@ -52,11 +52,11 @@ def sole_operand(alphas: Sequence[float]) -> int | None:
     return used[0][0] if len(used) == 1 and used[0][1] == 1 else None
 
 
-def _add_delta(xp: Any, total: Any, base: Any, other: Any, alpha: float, scratch: Any) -> None:
-    """The formula: ``total += alpha * (other - base)`` on wide buffers; ``xp`` is numpy or torch."""
+def _add_delta(xp: Any, before: Any, base: Any, other: Any, alpha: float, scratch: Any, out: Any) -> None:
+    """The formula: ``out = before + alpha * (other - base)`` on wide buffers; ``xp`` is numpy or torch."""
     xp.subtract(other, base, out=scratch)
     xp.multiply(scratch, alpha, out=scratch)
-    xp.add(total, scratch, out=total)
+    xp.add(before, scratch, out=out)
 
 
 def _check_finite(lowest: float, highest: float, largest: float) -> None:
@@ -107,10 +107,11 @@ def average(
         part = slice(start, min(start + size, base.numel()))
         origin, other, scratch, total = buffers[:, : part.stop - start]
         origin.copy_(flat[part])
-        total.copy_(origin)
+        before = origin
         for tensor, alpha in used:
             other.copy_(tensor[part])
-            _add_delta(torch, total, origin, other, alpha, scratch)
+            _add_delta(torch, before, origin, other, alpha, scratch, out=total)
+            before = total
         if check:
             lowest, highest = torch.aminmax(total)
             _check_finite(float(lowest), float(highest), largest)
@@ -142,10 +143,11 @@ def average_numpy(
         part = slice(start, min(start + size, base.size))
         origin, other, scratch, total = buffers[:, : part.stop - start]
         widen(flat[part], origin)
-        total[:] = origin
+        before = origin
         for tensor, alpha in used:
             widen(tensor[part], other)
-            _add_delta(np, total, origin, other, alpha, scratch)
+            _add_delta(np, before, origin, other, alpha, scratch, out=total)
+            before = total
         if check:
             _check_finite(float(total.min()), float(total.max()), largest)
         narrow(total, result[part])

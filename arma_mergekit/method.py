@@ -166,6 +166,11 @@ def merge(group: TensorGroup, dtype: torch.dtype | None, *, alpha: Any, rest: An
     only = sole_operand(alphas)
     if only is not None:
         return cast(tensors[only + 1], dtype)
+    packed = [str(tensor.dtype) for tensor in tensors if tensor.dtype.itemsize < 2]
+    if packed:  # such values mean nothing without their scales, which are tensors of their own
+        raise CheckpointError(
+            f"{name} is quantised ({packed[0]}) and can't be averaged: name the unquantised model."
+        )
     try:
         with torch.no_grad(), one_thread():
             base, *others = (cast(tensor, dtype) for tensor in tensors)

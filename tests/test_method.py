@@ -20,6 +20,8 @@ import arma_mergekit.method
 from arma_mergekit.errors import CheckpointError, RecipeError
 from arma_mergekit.kernel import average
 from arma_mergekit.method import arma
+from arma_mergekit.plan import plan
+from arma_mergekit.recipe import Recipe
 
 ATTENTION = "model.layers.1.self_attn.q_proj.weight"
 REST = "model.layers.1.mlp.up_proj.weight"
@@ -157,6 +159,28 @@ def test_same_alpha_everywhere_is_mergekits_linear_up_to_rounding(models, merge)
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "rest"),
+    [
+        ([0.0, "2e-1", 0.9], "base"),
+        ([1, 1, 0.5, -0.25, 1.5, 0.3, 0], [0.1, 0.7]),
+        (
+            [{"filter": "layers.1", "value": [0.2, 1.2]}, {"value": 0.4}],
+            [{"filter": "mlp", "value": [1, 0, 0.5]}],
+        ),
+        ([{"filter": "o_proj.weight", "value": 1}, {"filter": "*", "value": 0}], ["base", "finetuned", 0.5]),
+        (1.5, [{"filter": "norm", "value": "base"}, {"filter": "down", "value": 0.25}]),
+    ],
+)
+def test_arma_plan_foretells_what_mergekit_does(models, merge, tmp_path, alpha, rest):
+    config = recipe(models["deep"], models["deeper"], alpha=alpha, rest=rest)
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(config))
+    foretold = plan(Recipe.load(tmp_path / "recipe.yml"))
+    assert foretold.errors == ()
+    alphas = {tensor.name: tensor.alphas[0] for tensor in foretold.tensors}
+    assert_same(merge(config), expected(models["deep"], models["deeper"], alphas.__getitem__))
 
 
 # dtypes
@@ -348,6 +372,16 @@ def test_weights_that_are_not_finite_are_refused_by_name_but_only_where_they_are
     with pytest.raises(CheckpointError, match=rf"{re.escape(ATTENTION)}: .*not finite"):
         merge(recipe(models["base"], broken))
     assert same(merge(recipe(models["base"], broken, alpha=0))[ATTENTION], weights(models["base"])[ATTENTION])
+
+
+def test_quantised_weights_are_copied_but_never_averaged():
+    base, tuned = torch.zeros(2).to(torch.float8_e4m3fn), torch.ones(2).to(torch.float8_e4m3fn)
+    options = {"base_index": 0, "parameters": {"alpha": 0.5}}
+    assert merge_tensors([base, tuned], "arma", name=REST, **options) is tuned
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(ATTENTION)} is quantised \(torch.float8_e4m3fn\)"
+    ):
+        merge_tensors([base, tuned], "arma", name=ATTENTION, **options)
 
 
 def test_tensor_without_a_name_is_refused_because_only_its_name_tells_what_it_is():
