@@ -20,7 +20,9 @@ Embeddings use D[ids]; every other tensor (norms, biases, fused experts) goes th
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from arma_mergekit.errors import CheckpointError
-from arma_mergekit.kernel import average, round_alpha
+from arma_mergekit.kernel import average, one_thread, round_alpha
 
 __all__ = ["LiveModel"]
 
@@ -86,16 +88,17 @@ class LiveModel:
         wanted = np.array([round_alpha(float(a)) for a in np.asarray(alphas, dtype=np.float64)])
         if wanted.shape != self._alphas.shape:
             raise ValueError(f"This model has {len(self.tensors)} alphas, but got {wanted.shape}.")
-        for i in np.flatnonzero(wanted != self._alphas):
+        changed = np.flatnonzero(wanted != self._alphas)
+
+        def write(i: int) -> None:
             name = self.tensors[i]
-            average(
-                self._base[name],
-                [self._tuned[name]],
-                [wanted[i]],
-                out=self._parameters[name].data,
-                check=False,
-            )
-            self._alphas[i] = wanted[i]
+            out = self._parameters[name].data
+            average(self._base[name], [self._tuned[name]], [wanted[i]], out=out, check=False)
+
+        # threads over tensors, one inside each: torch's own threads would spin on every step of the kernel
+        with one_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(write, changed))
+        self._alphas = wanted
 
     def set_all(self, alpha: float) -> None:
         """One alpha for every tensor: 0 is the base, 1 the fine-tuned model."""
