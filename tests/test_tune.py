@@ -6,13 +6,15 @@ import sys
 import time
 
 import pytest
+import torch
 import toy
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
-from arma_mergekit.cli import tune as tune_module  # noqa: F401 - the entry point exists
 from arma_mergekit.cli.tune import command
 from arma_mergekit.errors import RecipeError, RunError
+from arma_mergekit.load import load_live
 from arma_mergekit.plan import plan
 from arma_mergekit.recipe import Recipe
 
@@ -183,3 +185,25 @@ def test_keep_without_maximize_is_a_usage_error(recipe, tmp_path):
     )  # fmt: skip
     assert run.returncode == 2
     assert "--maximize" in run.stderr
+
+
+def test_mergekit_yaml_ships_the_bits_that_were_scored(finished, recipe, tmp_path):
+    out, _ = finished
+    merge = [
+        sys.executable,
+        "-m",
+        "arma_mergekit.mergekit_yaml",
+        str(out / "tuned.yml"),
+        str(tmp_path / "merged"),
+    ]
+    subprocess.run([*merge, "--quiet"], check=True, capture_output=True)
+    found = json.loads((out / "summary.json").read_text())
+    alphas = next(c["alphas"] for c in found["candidates"] if c["name"] == found["best"])
+    loaded = load_live(Recipe.load(recipe))
+    loaded.live.set([alphas[t] for t in loaded.tensors])
+    scored = dict(loaded.live.model.named_parameters())
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert set(loaded.tensors) <= set(merged)
+    for name in loaded.tensors:
+        assert merged[name].dtype == scored[name].dtype
+        assert torch.equal(merged[name], scored[name]), name
