@@ -8,6 +8,8 @@
     │   └── DataError             evaluation data
     └── RunError              4   a tuning run that cannot start, go on, or be found
 
+`arma-tune` also ends with 5 when no candidate keeps what `keep` asks for, and 130 when interrupted.
+
 Every message is one sentence (or a list of them) that names the file, the thing in it, and the remedy.
 """
 

@@ -17,7 +17,7 @@ cannot be bought with another's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 
@@ -61,7 +61,7 @@ class Objective:
     """J over suites of tasks. ``suites``: suite to {task: weight}; ``ends``: task to its ends.
 
     ``maximize`` names the suite to raise and ``keep`` the least shares of others; ``weights`` asks for a sum; with
-    neither, all suites are balanced.
+    neither, all suites are balanced, or ``only`` those named.
     """
 
     suites: Mapping[str, Mapping[str, float]]
@@ -69,6 +69,7 @@ class Objective:
     maximize: str | None = None
     keep: Mapping[str, float] | None = None
     weights: Mapping[str, float] | None = None
+    only: Sequence[str] | None = None
 
     def reward(self, losses: Mapping[str, float]) -> Reward:
         """J, the shares and the slopes at these losses (one per task)."""
@@ -97,7 +98,7 @@ class Objective:
             return sum(w * shares[s] for s, w in self.weights.items()), dict(self.weights)
         if self.maximize is not None:
             return _constrained(shares, self.maximize, self.keep or {})
-        return _harmonic(shares)
+        return _harmonic({s: shares[s] for s in self.only or shares})
 
 
 def _harmonic(shares: Mapping[str, float]) -> tuple[float, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""What a tuning run leaves behind: tuned.yml, stock.yml, summary.json. Each appears whole or not at all."""
+"""What a tuning run leaves behind: tuned.yml, stock.yml, one-knob.yml and summary.json, whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import yaml
 
 from arma_mergekit import __version__
 from arma_mergekit.checkpoint import open_model
+from arma_mergekit.errors import RunError
 from arma_mergekit.export import stock_recipe, tuned_recipe
 from arma_mergekit.recipe import Recipe
 from arma_mergekit.roles import roles
@@ -19,28 +20,32 @@ from arma_mergekit.roles import roles
 if TYPE_CHECKING:
     from arma_mergekit.tune import Candidate, Result
 
-__all__ = ["summary", "write_results", "write_whole"]
+__all__ = ["merge_command", "summary", "write_results"]
 
 
 def write_results(recipe: Recipe, result: Result, out: Path) -> dict[str, Any]:
     """Write the run's files into ``out`` and return the summary."""
     base = open_model(recipe.base_model)
     placed = roles(base.tensors, base.config)
-    best = result.best
-    head = f"# {best.name}: found by arma-tune {__version__}, see summary.json\n"
-    for name, made in (
-        ("tuned.yml", tuned_recipe(recipe.raw, placed, best.alphas)),
-        ("stock.yml", stock_recipe(recipe.raw, placed, complete(recipe, base.tensors, best.alphas))),
-    ):
-        write_whole(out / name, f"# mergekit-yaml {out / name} merged/\n{head}" + to_yaml(made))
     whole = summary(recipe, result)
-    write_whole(out / "summary.json", json.dumps(whole, indent=2) + "\n")
+    best, rival = result.best, result.rival
+    recipes = {
+        "tuned.yml": (best, tuned_recipe(recipe.raw, placed, best.alphas)),
+        "stock.yml": (best, stock_recipe(recipe.raw, placed, dict.fromkeys(base.tensors, 0.0) | best.alphas)),
+        "one-knob.yml": (rival, tuned_recipe(recipe.raw, placed, rival.alphas)),
+    }
+    texts = {}
+    for name, (candidate, made) in recipes.items():
+        head = f"# {merge_command(recipe, out / name)}\n# {candidate.name}: arma-tune {__version__}, see summary.json\n"
+        texts[name] = head + to_yaml(made)
+    write_whole(out, {**texts, "summary.json": json.dumps(whole, indent=2) + "\n"})
     return whole
 
 
-def complete(recipe: Recipe, tensors: Mapping[str, Any], alphas: Mapping[str, float]) -> dict[str, float]:
-    """Alphas of all tensors; those equal in both models take the base's."""
-    return dict.fromkeys(tensors, 0.0) | dict(alphas)
+def merge_command(recipe: Recipe, path: Path) -> str:
+    """What a user types to merge this recipe; mergekit wants a place for folded adapters."""
+    adapters = any("+" in entry.model for entry in recipe.models)
+    return f"mergekit-yaml {path} merged/" + (" --lora-merge-cache lora-cache/" if adapters else "")
 
 
 def summary(recipe: Recipe, result: Result) -> dict[str, Any]:
@@ -50,6 +55,7 @@ def summary(recipe: Recipe, result: Result) -> dict[str, Any]:
         "recipe": str(recipe.path),
         "best": result.best.name,
         "rival": result.rival.name,
+        "feasible": result.best.feasible,
         "candidates": [candidate_summary(c, result.shares[c.name]) for c in result.candidates],
         "separation": [vars(s) for s in result.separation],
         "verdicts": [
@@ -97,11 +103,21 @@ def to_yaml(data: Mapping[str, Any]) -> str:
     return str(yaml.dump(dict(data), Dumper=Dumper, sort_keys=False, width=120))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write beside the target, sync, rename."""
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+def write_whole(out: Path, texts: Mapping[str, str]) -> None:
+    """Write all files beside their places and sync them, then rename: a full disk leaves the old ones as they were."""
+    drafts = {out / f".{name}.draft": out / name for name in texts}
+    try:
+        for (draft, _), text in zip(drafts.items(), texts.values(), strict=True):
+            with draft.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        for draft, path in drafts.items():
+            draft.replace(path)
+    except OSError as error:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
+        raise RunError(
+            f"Cannot write the results to {out}: {error.strerror}. Every score is in the journal; make room and start "
+            "the same command again."
+        ) from error

@@ -7,7 +7,6 @@ held back  fixed by the items' ids; looked at once per finished candidate, for t
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ Array = npt.NDArray[np.float64]
 
 DECIMALS = 4  # of an alpha: what is scored is what the exported recipe says
 MIN_SEPARATION = 3.0
+MIN_ITEMS = 8  # three standard errors of fewer say little
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,12 @@ class Separation:
     base: float
     tuned: float
     sigmas: float
+    items: int
 
     @property
     def clear(self) -> bool:
         """Whether the task can steer a search."""
-        return self.sigmas >= MIN_SEPARATION
+        return self.sigmas >= MIN_SEPARATION and self.items >= MIN_ITEMS
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Scorer:
         self._check_items()
         live.set_all(0.0)
         self.tokens = sum(task.prepare(live) for task in self.tasks.values())
-        self._shapes: dict[str, Any] = {}
+        self._objectives: dict[tuple[int, int] | None, Objective] = {}
         self.objective_options: dict[str, Any] = {}
 
     def _check_items(self) -> None:
@@ -96,15 +97,26 @@ class Scorer:
         """Take the scale from the ends; tasks that cannot tell base from fine-tuned stop steering (unless ``keep``)."""
         self._ends = ends
         found = [separation(key, ends["base"][key], ends["finetuned"][key]) for key in self.steering]
-        if weak == "drop":
-            self.steering = [s.task for s in found if s.clear]
-        if not self.steering:
-            raise RunError("No task tells base and fine-tuned apart; there is nothing to steer by.")
+        self.steering = [s.task for s in found if s.clear or (weak == "keep" and s.sigmas > 0)]
+        mute = {key.partition("/")[0] for key in self.tasks} - {
+            key.partition("/")[0] for key in self.steering
+        }
+        if mute:
+            table = "; ".join(f"{s.task} {s.sigmas:.1f} over {s.items} items" for s in found)
+            raise RunError(
+                f"Suite {min(mute)} has no task that tells base from fine-tuned (at least {MIN_SEPARATION:g} standard "
+                f"errors over {MIN_ITEMS} items; found: {table}). Add items or a task, leave the suite out of --eval, "
+                "or set tune: {keep_weak: true}."
+            )
         return found
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - one scorer lives as long as its run
     def objective(self, part: tuple[int, int] | None = None) -> Objective:
         """The objective on the scale of these items: ends and candidate share their items, and so their noise."""
+        if part not in self._objectives:
+            self._objectives[part] = self._objective(part)
+        return self._objectives[part]
+
+    def _objective(self, part: tuple[int, int] | None) -> Objective:
         suites: dict[str, dict[str, float]] = {}
         ends = {}
         for key in self.steering:
@@ -159,4 +171,4 @@ def separation(key: str, base: Measured, tuned: Measured) -> Separation:
     difference = Measured(base.ids, tuned.loss - base.loss, tuned.loss - base.loss, base.weight, 0)
     error = difference.loss_stderr
     sigmas = abs(difference.mean_loss) / error if error > 0 else float("inf")
-    return Separation(key, base.score, tuned.score, sigmas if difference.mean_loss else 0.0)
+    return Separation(key, base.score, tuned.score, sigmas if difference.mean_loss else 0.0, len(base.ids))

@@ -7,6 +7,7 @@ by a kill is dropped. The first record is the run's fingerprint; a journal of an
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -21,21 +22,43 @@ Record = dict[str, Any]
 
 
 class Journal:
-    """Append-only records by key, in ``path``. ``fingerprint``: flat facts that make a run the same run."""
+    """Append-only records by key, in ``path``. ``fingerprint``: flat facts that make a run the same run.
+
+    One process at a time: the file is locked until the journal is closed or the process ends.
+    """
 
     def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b")
+        except OSError as error:
+            raise RunError(f"Cannot write {path}: {error.strerror}. Give another --out.") from error
+        try:
+            self._lock()
+            self._begin(fingerprint)
+        except RunError:
+            self.close()
+            raise
+
+    def _begin(self, fingerprint: Mapping[str, Any]) -> None:
         records = self._read()
-        if not records:
-            self._records: dict[str, Record] = {}
+        self._records: dict[str, Record] = {record["key"]: record for record in records}
+        if len(records) > 1:
+            self._check(fingerprint)
+        else:  # nothing was scored yet, so nothing can be mixed up
+            self._file.truncate(0)
             self.append("fingerprint", dict(fingerprint))
-            return
-        self._records = {record["key"]: record for record in records}
-        self._check(fingerprint)
 
     def __len__(self) -> int:
         return len(self._records) - 1
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._records
+
+    def close(self) -> None:
+        """Give the run directory back."""
+        self._file.close()
 
     def once(self, key: str, compute: Callable[[], Record]) -> Record:
         """The record of this key: from the journal, or computed, written and synced now."""
@@ -43,39 +66,53 @@ class Journal:
             self.append(key, compute())
         return self._records[key]
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._records
-
     def records(self) -> list[Record]:
         """All records in the order they were written, without the fingerprint."""
         return [record for key, record in self._records.items() if key != "fingerprint"]
 
     def append(self, key: str, record: Record) -> None:
         """Write one record and wait until it is on disk."""
-        whole = {"key": key} | record
         # what the caller sees is what a resumed run will read: floats survive JSON, tuples become lists
-        text = json.dumps(whole, allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        text = json.dumps({"key": key} | record, allow_nan=False)
+        try:
+            self._file.write(f"{text}\n".encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RunError(
+                f"Cannot write {self.path}: {error.strerror}. Nothing that was scored is lost; make room and start "
+                "the same command again."
+            ) from error
         self._records[key] = json.loads(text)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(
+                f"{self.path.parent} is in use by another run; wait for it, or give another --out."
+            ) from error
 
     def _read(self) -> list[Record]:
         """Whole records; a torn last line is cut off the file."""
-        if not self.path.exists():
-            return []
-        data = self.path.read_bytes()
+        self._file.seek(0)
+        data = self._file.read()
         whole = data[: data.rfind(b"\n") + 1]
         if whole != data:
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
+            self._file.truncate(len(whole))
         try:
-            return [json.loads(line) for line in whole.splitlines()]
+            records = [json.loads(line) for line in whole.splitlines()]
         except ValueError as error:
-            raise RunError(
-                f"Journal {self.path} is damaged ({error}). Give another --out, or delete it."
-            ) from error
+            raise self.damaged(str(error)) from error
+        if not all(isinstance(r, dict) and isinstance(r.get("key"), str) for r in records):
+            raise self.damaged("a line is no record")
+        if records and records[0]["key"] != "fingerprint":
+            raise self.damaged("its first line is missing")
+        return records
+
+    def damaged(self, why: str) -> RunError:
+        """The error for a journal that cannot be used."""
+        return RunError(f"Journal {self.path} is damaged ({why}). Give another --out, or delete it.")
 
     def _check(self, fingerprint: Mapping[str, Any]) -> None:
         before = {k: v for k, v in self._records["fingerprint"].items() if k != "key"}

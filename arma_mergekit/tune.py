@@ -24,12 +24,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from arma_mergekit import __version__
+from arma_mergekit.errors import DataError, RunError
 from arma_mergekit.evals import make_suites
 from arma_mergekit.evals.base import Measured
 from arma_mergekit.live import LiveModel
 from arma_mergekit.load import Loaded, load_live, load_tokenizer
 from arma_mergekit.objective import Reward
-from arma_mergekit.plan import plan
+from arma_mergekit.plan import Plan, plan
 from arma_mergekit.recipe import Recipe
 from arma_mergekit.roles import roles
 from arma_mergekit.scoring import DECIMALS, Scored, Scorer, Separation
@@ -66,19 +68,27 @@ class Arm:
 
 @dataclass
 class Candidate:
-    """A merge that was found: its alphas by checkpoint tensor, its search reward, and its held-back scores."""
+    """A merge that was found: its alphas by checkpoint tensor, its search reward, and its held-back scores.
+
+    ``reward`` is None when every trial failed.
+    """
 
     name: str
     alphas: dict[str, float]
-    reward: float
+    reward: float | None
     feasible: bool = True
     evaluations: float = 0.0
     held: dict[str, Measured] = field(default_factory=dict)
 
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """What the best is picked by: feasible ones first, then the search reward."""
+        return self.feasible, -np.inf if self.reward is None else self.reward
+
 
 @dataclass(frozen=True)
 class Result:
-    """What a run found; ``best`` has the highest search reward among the arms."""
+    """What a run found; ``best`` has the highest search reward of all, ``rival`` that of the one-knob averages."""
 
     ends: Mapping[str, Mapping[str, Measured]]
     separation: Sequence[Separation]
@@ -96,14 +106,21 @@ class Tuner:
 
     def __init__(self, recipe: Recipe, suites: Sequence[str], out: Path, progress: Progress) -> None:
         self.recipe, self.suites, self.out, self.progress = recipe, tuple(suites), out, progress
-        plan(recipe, require_alpha=False).check()
-        self.journal = Journal(out / "trials.jsonl", fingerprint(recipe, suites))
+        options = recipe.tune.objective.options(suites)
+        planned = plan(recipe, require_alpha=False).check()
+        for warning in planned.warnings:
+            progress("warning", {"text": warning})
         progress("load", {"base": recipe.base_model, "tuned": recipe.finetuned[0].model})
         self.loaded: Loaded = load_live(recipe)
-        tasks = make_suites(recipe, suites, load_tokenizer(recipe))
+        limits = {"max_positions": self.loaded.max_positions, "vocabulary": self.loaded.vocabulary}
+        tasks = make_suites(recipe, suites, load_tokenizer(recipe), **limits)
         self.scorer = Scorer(self.live, tasks, recipe.tune.holdout)
-        self.scorer.objective_options = recipe.tune.objective.options(suites)
+        self.scorer.objective_options = options
         self.roles = roles(self.loaded.tensors, self.config)
+        for searcher in recipe.tune.searchers:
+            self._space_of(searcher)
+        # last: what cannot start leaves no run behind
+        self.journal = Journal(out / "trials.jsonl", fingerprint(recipe, suites, planned))
         self.started = time.monotonic()
 
     @property
@@ -122,20 +139,22 @@ class Tuner:
         ends = self._ends()
         found = self.scorer.use_ends(ends, "keep" if self.recipe.tune.keep_weak else "drop")
         self.progress("separation", {"tasks": found, "steering": list(self.scorer.steering)})
-        self.full_tokens = sum(ends["base"][key].tokens for key in self.scorer.steering)
         knobs = [self._knob("one knob, everything", "everything", "finetuned", KNOB)]
         if any(r.attention for r in self.roles.values()):
             knobs.append(self._knob("one knob, attention", "global", "finetuned", ATTENTION_KNOB))
         arms = [
             self._arm(Arm(s, seed)) for s in self.recipe.tune.searchers for seed in self.recipe.tune.seeds
         ]
-        return self._judge(ends, found, knobs, arms)
+        return self._judge(ends, found, [k for k in knobs if k.alphas], [a for a in arms if a.alphas])
 
     def _ends(self) -> dict[str, dict[str, Measured]]:
         record = self.journal.once(
             "ends", lambda: {k: dump(v) for k, v in self.scorer.measure_ends().items()}
         )
-        return {side: load(record[side]) for side in ("base", "finetuned")}
+        try:
+            return {side: load(record[side]) for side in ("base", "finetuned")}
+        except (KeyError, TypeError) as error:
+            raise self.journal.damaged(f"the record of the ends lacks {error}") from error
 
     def space(self, groups: str | float, rest: str | float, bounds: tuple[float, float]) -> Space:
         """A search space over the tensors that differ."""
@@ -144,15 +163,12 @@ class Tuner:
     def _knob(self, name: str, groups: str, rest: str, values: Sequence[float]) -> Candidate:
         """The best of a few values of one alpha."""
         space = self.space(groups, rest, (0.0, 1.0))
-        scored = [(self._score(f"{name}/{v}", name, space, Query((v,))), v) for v in values]
-        trial, value = max(
-            scored, key=lambda pair: (bool(pair[0].details["feasible"]), pair[0].reward or -np.inf)
-        )
-        return self._candidate(f"{name} {value:g}", space, trial, len(values))
+        trials = [self._score(f"{name}/{v}", name, space, Query((v,))) for v in values]
+        return self._best(name, space, trials, len(values))
 
     def _arm(self, arm: Arm) -> Candidate:
         """Ask, score, journal, tell until the budget is spent or the searcher has no further question."""
-        space = self.space(*self._space_words(arm.searcher))
+        space = self._space_of(arm.searcher)
         problem = self._problem(space)
         searcher = make_searcher(arm.searcher, problem, arm.seed)
         spent, trials = 0.0, list[Trial]()
@@ -162,18 +178,22 @@ class Tuner:
             spent += query.cost
             searcher.tell(trial)
             trials.append(trial)
-        full = [t for t in trials if t.full]
-        if not full:
-            return Candidate(arm.name, {}, float("-inf"), feasible=False, evaluations=spent)
-        best = max(full, key=lambda t: (bool(t.details["feasible"]), t.reward or -np.inf))
-        return self._candidate(arm.name, space, best, spent)
+        return self._best(arm.name, space, trials, spent)
 
-    def _space_words(self, searcher: str) -> tuple[str | float, str | float, tuple[float, float]]:
-        """`groups`, `rest`, `bounds` of the recipe; what it leaves out by the kind of searcher."""
+    def _best(self, name: str, space: Space, trials: Sequence[Trial], evaluations: float) -> Candidate:
+        """The best of the trials that scored all search data; without alphas if there is none."""
+        found = [self._candidate(name, space, t, evaluations) for t in trials if t.full]
+        nothing = Candidate(name, {}, None, feasible=False, evaluations=evaluations)
+        best = max(found, key=lambda c: c.rank, default=nothing)
+        if name.startswith("one knob") and best.alphas:
+            best.name = f"{name} {next(t for t in trials if t.reward == best.reward).query.values[0]:g}"
+        return best
+
+    def _space_of(self, searcher: str) -> Space:
+        """The recipe's space; what it leaves out depends on whether the searcher has gradients."""
         default = DERIVATIVE if searcher == "gradient" else DERIVATIVE_FREE
-        asked = self.recipe.tune.space.model_dump(exclude_none=True)
-        words = {**default, **asked}
-        return words["groups"], words["rest"], tuple(words["bounds"])
+        words = {**default, **self.recipe.tune.space.model_dump(exclude_none=True)}
+        return self.space(words["groups"], words["rest"], tuple(words["bounds"]))
 
     def _problem(self, space: Space) -> Problem:
         # searchers plan for the budget the run began with, so that a larger one later only goes on asking
@@ -216,8 +236,6 @@ class Tuner:
         return Trial(query, record["reward"], None if gradient is None else tuple(gradient), details)
 
     def _record(self, space: Space, query: Query) -> dict[str, Any]:
-        from arma_mergekit.errors import DataError
-
         asked = {"values": query.values, "wants_gradient": query.gradient, "part": query.part}
         started = time.monotonic()
         try:
@@ -246,8 +264,14 @@ class Tuner:
     def _candidate(self, name: str, space: Space, trial: Trial, evaluations: float) -> Candidate:
         alphas = np.round(space.alphas(trial.query.values), DECIMALS)
         named = {t: float(a) for t, a in zip(space.tensors, alphas, strict=True)}
-        feasible = bool(trial.details["feasible"])
-        return Candidate(name, named, float(trial.reward or 0.0), feasible, evaluations)
+        named |= {alias: named[tensor] for alias, tensor in self.loaded.aliases.items()}
+        return Candidate(name, named, trial.reward, bool(trial.details["feasible"]), evaluations)
+
+    def _end(self, name: str, alpha: float, scores: Mapping[str, Measured]) -> Candidate:
+        """Base or fine-tuned as a candidate."""
+        reward = self.scorer.objective().reward({k: scores[k].mean_loss for k in self.scorer.steering})
+        named = dict.fromkeys([*self.loaded.tensors, *self.loaded.aliases], alpha)
+        return Candidate(name, named, reward.value, reward.feasible)
 
     def _judge(
         self,
@@ -257,49 +281,61 @@ class Tuner:
         arms: list[Candidate],
     ) -> Result:
         """Score ends, knobs and arms once on the held-back items and compare."""
-        outer = [
-            Candidate(name, dict.fromkeys(self.loaded.tensors, a), 0.0)
-            for name, a in (("base", 0.0), ("fine-tuned", 1.0))
-        ]
-        arms = [a for a in arms if a.alphas]
-        for candidate in (*outer, *knobs, *arms):
+        outer = [self._end("base", 0.0, ends["base"]), self._end("fine-tuned", 1.0, ends["finetuned"])]
+        if not knobs:
+            raise RunError(
+                "No candidate has a finite loss: the average of these two models does not work at any alpha."
+            )
+        candidates = [*outer, *knobs, *arms]
+        for candidate in candidates:
             candidate.held = self.held(candidate)
         base, tuned = (c.held for c in outer)
-        rival = max(knobs, key=lambda c: (c.feasible, c.reward))
-        best = max([*arms, rival], key=lambda c: (c.feasible, c.reward))
-        verdicts = [compare(a.name, a.held, rival.name, rival.held, base, tuned) for a in arms]
-        candidates = [*outer, *knobs, *arms]
-        shares = {c.name: suite_shares(c.held, base, tuned) for c in candidates}
+        weights = {key: task.weight for key, task in self.scorer.tasks.items()}
+        rival = max(knobs, key=lambda c: c.rank)
+        best = max([*arms, rival, *outer], key=lambda c: c.rank)
+        verdicts = [compare(a.name, a.held, rival.name, rival.held, base, tuned, weights) for a in arms]
+        shares = {c.name: suite_shares(c.held, base, tuned, weights) for c in candidates}
         tokens = sum(r.get("tokens", 0) for r in self.journal.records())
-        return Result(
-            ends, found, candidates, rival, best, verdicts, shares, tokens, time.monotonic() - self.started
-        )
+        seconds = sum(r.get("seconds", 0.0) for r in self.journal.records())
+        return Result(ends, found, candidates, rival, best, verdicts, shares, tokens, seconds)
 
     def held(self, candidate: Candidate) -> dict[str, Measured]:
         """Scores of a candidate on the held-back items of every task, watched ones too; once per set of alphas."""
-        digest = hashlib.sha256(json.dumps(candidate.alphas, sort_keys=True).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps(candidate.alphas, sort_keys=True).encode()).hexdigest()[:16]
 
         def compute() -> dict[str, Any]:
             self.live.set([candidate.alphas[t] for t in self.loaded.tensors])
-            return {"held": dump(self.scorer.measure(list(self.scorer.tasks), held=True))}
+            started = time.monotonic()
+            held = dump(self.scorer.measure(list(self.scorer.tasks), held=True))
+            return {"held": held, "seconds": time.monotonic() - started}
 
         self.progress("held", {"name": candidate.name})
-        return load(self.journal.once(f"held back/{digest}", compute)["held"])
+        return load(self.journal.once(f"held back/{key}", compute)["held"])
 
 
-def fingerprint(recipe: Recipe, suites: Sequence[str]) -> dict[str, Any]:
-    """What makes a run the same run: recipe (without its budget), data, suites, package."""
-    from arma_mergekit import __version__
-
+def fingerprint(recipe: Recipe, suites: Sequence[str], planned: Plan) -> dict[str, Any]:
+    """What makes a run the same run: recipe, models, data, suites, package; not the budget, seeds and searchers."""
     content = recipe.model_dump(mode="json")
-    content.get("tune", {}).pop("trials", None)
-    files = sorted({recipe.data_path(t.data) for s in suites for t in recipe.evals.get(s, ())})
+    for key in ("trials", "seeds", "searchers"):
+        content.get("tune", {}).pop(key, None)
+    data = {str(t.data): recipe.data_path(t.data) for suite in suites for t in recipe.evals.get(suite, ())}
+    models = [planned.base, *planned.finetuned] if planned.base else []
     return {
         "recipe": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16],
-        "suites": list(suites),
-        "data": {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files if p.is_file()},
+        "suites": sorted(suites),
+        "data": {name: digest(path) for name, path in sorted(data.items())},
+        "models": {f"{model.ref}: {file.name}": digest(file) for model in models for file in model.files},
         "version": __version__,
     }
+
+
+def digest(path: Path) -> str:
+    """Half of a file's sha256, in hex."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()[:32]
 
 
 def dump(scores: Mapping[str, Measured]) -> dict[str, Any]:
@@ -321,8 +357,6 @@ def load(data: Mapping[str, Any]) -> dict[str, Measured]:
 
 def raise_changed(key: str, path: Path) -> None:
     """A searcher asked another question than the journal answers: its code or a library changed."""
-    from arma_mergekit.errors import RunError
-
     raise RunError(
         f"{path} answers another question at {key} than is asked now: a searcher or library changed since. "
         "Give another --out."

@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from arma_mergekit.evals.base import Measured
 
-__all__ = ["Difference", "Verdict", "compare", "suite_shares"]
+__all__ = ["Difference", "Verdict", "clear_tasks", "compare", "suite_shares"]
 
 RESAMPLES = 2000
 SIGNIFICANT = 1.96
+MIN_SEPARATION = 3.0  # of a held-back task, in paired standard errors
 
 Array = npt.NDArray[np.float64]
 Scores = Mapping[str, Measured]  # task key `suite/task` to its held-back scores
@@ -31,8 +32,13 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 or -1 outside the standard error (two-sided 5 %), else 0."""
+        """1 or -1 outside the error (two-sided 5 %), else 0."""
         return 0 if abs(self.mean) <= SIGNIFICANT * self.stderr else (1 if self.mean > 0 else -1)
+
+    @property
+    def no_worse(self) -> bool:
+        """Not below zero by more than one standard error."""
+        return self.mean >= -self.stderr
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} ± {self.stderr:.3f}"
@@ -48,58 +54,77 @@ class Verdict:
 
     @property
     def dominates(self) -> bool:
-        """Better on a suite and worse on none, outside the standard error."""
-        signs = [d.sign for d in self.suites.values()]
-        return max(signs) > 0 and min(signs) >= 0
+        """Better on a suite outside the error, and no worse on any."""
+        found = self.suites.values()
+        return any(d.sign > 0 for d in found) and all(d.no_worse for d in found)
 
     @property
     def sentence(self) -> str:
         """What was found, in one line."""
         told = ", ".join(f"{suite} {d}" for suite, d in self.suites.items())
-        signs = [d.sign for d in self.suites.values()]
+        signs = {d.sign for d in self.suites.values()}
         if self.dominates:
             return f"{self.name} beats {self.rival} (share kept: {told})."
-        if min(signs) < 0 < max(signs):
-            return f"{self.name} trades: better on one suite and worse on another than {self.rival} ({told})."
-        if max(signs) == 0 and min(signs) == 0:
-            return f"{self.name} is no better than {self.rival} ({told}): use that."
-        return f"{self.name} is worse than {self.rival} ({told}): use that."
+        if 1 in signs:
+            return f"{self.name} trades one suite for another against {self.rival} (share kept: {told})."
+        if -1 in signs:
+            return f"{self.name} is worse than {self.rival} (share kept: {told}): use that."
+        return f"{self.name} is no better than {self.rival} (share kept: {told or 'no task can tell'}): use that."
 
 
-def suite_shares(scores: Scores, base: Scores, tuned: Scores) -> dict[str, float]:
-    """Share kept of each suite, in headline scores: 0 = the worse of base and fine-tuned, 1 = the better."""
-    return {
-        suite: float(np.mean(list(tasks.values()))) for suite, tasks in _by_suite(scores, base, tuned).items()
-    }
+def clear_tasks(base: Scores, tuned: Scores) -> list[str]:
+    """Tasks whose headline scores tell base from fine-tuned on these items; the others have no scale to share."""
+    found = []
+    for key, ours in base.items():
+        difference = tuned[key].value - ours.value
+        paired = Measured(ours.ids, -difference, difference, ours.weight, 0)
+        if abs(paired.score) > MIN_SEPARATION * paired.stderr:
+            found.append(key)
+    return found
+
+
+def suite_shares(
+    scores: Scores, base: Scores, tuned: Scores, weights: Mapping[str, float]
+) -> dict[str, float]:
+    """Share kept of each suite, in headline scores: 0 = the worse of base and fine-tuned, 1 = the better.
+
+    The mean over its clear tasks by their weights; a suite without one is absent.
+    """
+    shares: dict[str, list[tuple[float, float]]] = {}
+    for key in clear_tasks(base, tuned):
+        low, high = sorted((base[key].score, tuned[key].score))
+        share = (scores[key].score - low) / (high - low)
+        shares.setdefault(key.partition("/")[0], []).append((share, weights[key]))
+    return {suite: sum(s * w for s, w in rows) / sum(w for _, w in rows) for suite, rows in shares.items()}
 
 
 def compare(
-    name: str, scores: Scores, rival: str, other: Scores, base: Scores, tuned: Scores, seed: int = 0
+    name: str,
+    scores: Scores,
+    rival: str,
+    other: Scores,
+    base: Scores,
+    tuned: Scores,
+    weights: Mapping[str, float],
 ) -> Verdict:
-    """Paired bootstrap of the difference in share kept; the ends of the scale are taken as they are."""
-    rng = np.random.default_rng(seed)
-    draws: dict[str, list[Array]] = {}
-    means: dict[str, list[float]] = {}
-    for key, ours in scores.items():
-        suite, theirs = key.partition("/")[0], other[key]
-        gap = abs(base[key].score - tuned[key].score)
-        if gap == 0:
-            continue
-        picks = rng.integers(0, len(ours.ids), (RESAMPLES, len(ours.ids)))
-        difference, weight = ours.value - theirs.value, ours.weight
-        draws.setdefault(suite, []).append(difference[picks].sum(1) / weight[picks].sum(1) / gap)
-        means.setdefault(suite, []).append(float(difference.sum() / weight.sum() / gap))
-    suites = {
-        suite: Difference(float(np.mean(means[suite])), float(np.mean(rows, axis=0).std()))
-        for suite, rows in draws.items()
-    }
+    """Paired bootstrap of the difference in share kept; the ends of the scale are taken as they are.
+
+    Tasks on the same items are resampled together, so their errors do not pass for independent.
+    """
+    rng = np.random.default_rng(0)
+    resampled: dict[tuple[str, ...], npt.NDArray[np.int64]] = {}
+    rows: dict[str, list[tuple[float, Array, float]]] = {}
+    for key in clear_tasks(base, tuned):
+        ours, theirs, gap = scores[key], other[key], abs(base[key].score - tuned[key].score)
+        if ours.ids not in resampled:
+            resampled[ours.ids] = rng.integers(0, len(ours.ids), (RESAMPLES, len(ours.ids)))
+        picks, difference, weight = resampled[ours.ids], ours.value - theirs.value, ours.weight
+        draws = difference[picks].sum(1) / weight[picks].sum(1) / gap
+        mean = float(difference.sum() / weight.sum() / gap)
+        rows.setdefault(key.partition("/")[0], []).append((mean, draws, weights[key]))
+    suites = {}
+    for suite, found in rows.items():
+        total = sum(w for _, _, w in found)
+        spread = sum(draws * w for _, draws, w in found) / total
+        suites[suite] = Difference(sum(m * w for m, _, w in found) / total, float(np.std(spread)))
     return Verdict(name, rival, suites)
-
-
-def _by_suite(scores: Scores, base: Scores, tuned: Scores) -> dict[str, dict[str, float]]:
-    shares: dict[str, dict[str, float]] = {}
-    for key, measured in scores.items():
-        low, high = sorted((base[key].score, tuned[key].score))
-        if high > low:
-            shares.setdefault(key.partition("/")[0], {})[key] = (measured.score - low) / (high - low)
-    return shares

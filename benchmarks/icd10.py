@@ -69,7 +69,8 @@ def curve(tuner: Tuner, result: Result) -> list[tuple[str, Shares]]:
     for alpha in CURVE:
         candidate = Candidate(f"WiSE-FT {alpha:g}", dict.fromkeys(tuner.loaded.tensors, alpha), 0.0)
         base, tuned = (c.held for c in result.candidates[:2])
-        points.append((candidate.name, suite_shares(tuner.held(candidate), base, tuned)))
+        weights = dict.fromkeys(base, 1.0)
+        points.append((candidate.name, suite_shares(tuner.held(candidate), base, tuned, weights)))
     return points
 
 

@@ -5,11 +5,13 @@ import pytest
 import torch
 import toy
 import transformers
+from tokenizers import Tokenizer, models
 
 from arma_mergekit.errors import DataError
-from arma_mergekit.evals import tasks
+from arma_mergekit.evals import make_suites, tasks
 from arma_mergekit.evals.base import Measured, held_back, parts
-from arma_mergekit.evals.rows import BATCH_TOKENS, continuation, read_jsonl
+from arma_mergekit.evals.rows import BATCH_TOKENS, Limits, continuation, read_jsonl
+from arma_mergekit.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +175,14 @@ def test_answer_begins_where_the_prompt_ends(tokenizer):
     ("lines", "message"),
     [
         (["{}"], "line 1: needs text, but text is missing"),
-        (["[1]"], "line 1: needs text"),
+        (["[1]"], "line 1: must be an object with text, but got [1]"),
+        (["", '"text"'], "line 2: must be an object"),
+        (["null"], "line 1: must be an object"),
+        (["[" * 100_000], "line 1: not JSON"),
+        ([r'{"text": "\ud800"}'], "line 1: not JSON"),
+        (['{"text": "a", "id": 1.5}'], "line 1: id must be text or a whole number, but got 1.5"),
+        (['{"text": "a", "id": true}'], "line 1: id must be text or a whole number, but got True"),
+        (['{"text": "a", "id": ["x"]}'], "line 1: id must be text or a whole number"),
         (['{"text": "a"', ""], "line 1: not JSON"),
         ([""], "has no records"),
         (['{"text": "a", "id": "x"}', '{"text": "b", "id": "x"}'], "'x' occurs more than once"),
@@ -200,7 +209,7 @@ def test_texts_of_which_nothing_fits_are_refused(tokenizer, data):
 
 
 def test_an_answer_that_indexes_no_choice_is_refused(tokenizer, tmp_path):
-    (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": "a", "choices": ["b"], "answer": 1}))
+    (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": "a", "choices": ["b", "c"], "answer": 2}))
     with pytest.raises(DataError, match="must index choices"):
         tasks.choice_items(tokenizer, tmp_path / "c.jsonl")
 
@@ -212,3 +221,204 @@ def test_losses_that_are_not_finite_are_refused_naming_the_item(model, tokenizer
     task = tasks.NllTask("nll", tasks.text_items(tokenizer, data / "general.jsonl"))
     with pytest.raises(DataError, match=r"item g\d+ .* is not finite"):
         task.measure(broken, [0, 1])
+
+
+# ---- records ----
+
+
+def one_record(path, **record):
+    toy.write_jsonl(path, [{"id": "row", **record}])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"answer": 5}, "answer must be text, but got 5"),
+        ({"answer": None}, "answer must be text, but got None"),
+        ({"answer": ""}, "answer is empty"),
+        ({"prompt": None}, "prompt must be text, but got None"),
+        ({"prompt": ""}, "leaves no token to predict"),
+    ],
+)
+def test_a_question_that_is_not_text_is_refused_naming_file_and_id(tokenizer, tmp_path, record, message):
+    file = one_record(tmp_path / "d.jsonl", **({"prompt": "a", "answer": "b"} | record))
+    with pytest.raises(DataError, match=r"d\.jsonl, id row: .*; ") as error:
+        tasks.answer_items(tokenizer, file)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"choices": [1, 2]}, "choices must be two texts or more"),
+        ({"choices": ["b"]}, "choices must be two texts or more"),
+        ({"choices": ["b", ""]}, "choices must be two texts or more"),
+        ({"choices": "bc"}, "choices must be two texts or more"),
+        ({"answer": True}, "answer must index choices (0 to 1), but got True"),
+        ({"answer": -1}, "answer must index choices"),
+        ({"answer": "b"}, "answer must index choices"),
+        ({"answer": None}, "answer must index choices"),
+        ({"prompt": 3}, "prompt must be text, but got 3"),
+    ],
+)
+def test_choices_that_cannot_be_chosen_from_are_refused_naming_file_and_id(
+    tokenizer, tmp_path, record, message
+):
+    file = one_record(tmp_path / "d.jsonl", **({"prompt": "a", "choices": ["b", "c"], "answer": 0} | record))
+    with pytest.raises(DataError, match=r"d\.jsonl, id row: .*; correct or remove") as error:
+        tasks.choice_items(tokenizer, file)
+    assert message in str(error.value)
+
+
+def test_a_text_that_is_a_number_is_refused_naming_file_and_id(tokenizer, tmp_path):
+    with pytest.raises(DataError, match=r"d\.jsonl, id row: text must be text, but got 3; "):
+        tasks.text_items(tokenizer, one_record(tmp_path / "d.jsonl", text=3))
+
+
+def test_a_line_separator_inside_a_string_does_not_end_the_record(tmp_path):
+    (tmp_path / "d.jsonl").write_text(
+        '{"text": "a\u2028b"}\r\n{"text": "c\x0cd"}'.replace("\x0c", "\x85"), "utf-8"
+    )
+    records = read_jsonl(tmp_path / "d.jsonl", ["text"])
+    assert [record.text("text") for record in records] == ["a\u2028b", "c\x85d"]
+
+
+def test_an_id_may_be_absent_null_text_or_a_whole_number(tmp_path):
+    toy.write_jsonl(tmp_path / "d.jsonl", [{}, {"id": None}, {"id": "x"}, {"id": 7}])
+    assert [record.id for record in read_jsonl(tmp_path / "d.jsonl", [])] == ["d-1", "d-2", "x", "7"]
+
+
+# ---- limits of the model ----
+
+
+def test_whole_texts_are_cut_to_the_positions_of_the_model(tokenizer, tmp_path):
+    file = one_record(tmp_path / "d.jsonl", text="a" * 50)
+
+    def length(**options):
+        return len(tasks.text_items(tokenizer, file, **options)[0].rows[0].tokens)
+
+    assert length() == 50
+    assert length(max_length=30, limits=Limits(positions=40)) == 30
+    assert length(max_length=45, limits=Limits(positions=40)) == 40
+
+
+def test_questions_longer_than_the_model_are_refused_with_their_length(tokenizer, tmp_path):
+    file = one_record(tmp_path / "d.jsonl", prompt="a" * 9, answer="bc")
+    assert tasks.answer_items(tokenizer, file, limits=Limits(positions=11))
+    with pytest.raises(DataError, match=r"d\.jsonl, id row: has 11 tokens, but the model takes 10; shorten"):
+        tasks.answer_items(tokenizer, file, limits=Limits(positions=10))
+    file = one_record(tmp_path / "c.jsonl", prompt="a" * 9, choices=["b", "bc"], answer=0)
+    with pytest.raises(DataError, match=r"c\.jsonl, id row: has 11 tokens, but the model takes 10; shorten"):
+        tasks.choice_items(tokenizer, file, limits=Limits(positions=10))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer, tmp_path):
+    file = one_record(tmp_path / "d.jsonl", text="abc", prompt="abc", answer="d")
+    assert tasks.text_items(tokenizer, file, limits=Limits(vocabulary=3))
+    for make, size in ((tasks.text_items, 2), (tasks.answer_items, 3)):
+        with pytest.raises(DataError, match=r"id row: token \d .* tokenizer does not belong to the model"):
+            make(tokenizer, file, limits=Limits(vocabulary=size))
+
+
+# ---- tokenizers without offsets ----
+
+
+class Ignores:
+    """A tokenizer that takes return_offsets_mapping and returns none."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, text, return_offsets_mapping=False, **options):
+        return self.tokenizer(text, **options)
+
+
+class Refuses(Ignores):
+    """As tokenizers written in Python do."""
+
+    def __call__(self, text, return_offsets_mapping=False, **options):
+        if return_offsets_mapping:
+            raise NotImplementedError("return_offset_mapping is not available when using Python tokenizers")
+        return self.tokenizer(text, **options)
+
+
+def merging():
+    """A tokenizer in which "=?" is one token, so a boundary between the two is inside of it."""
+    vocabulary = {c: i for i, c in enumerate(toy.ALPHABET)}
+    tokenizer = Tokenizer(models.BPE(vocabulary | {"=?": len(vocabulary)}, [("=", "?")]))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("without", [Ignores, Refuses])
+def test_without_offsets_the_answer_begins_at_the_same_token(tokenizer, without):
+    for made in (tokenizer, merging()):
+        for prompt, answer in (("1+2=?", " 3."), ("1+2=", "? 3."), ("aa", "aa")):
+            assert continuation(without(made), prompt, answer) == continuation(made, prompt, answer)
+    assert continuation(without(merging()), "1=", "?").start == 1
+
+
+# ---- from the recipe ----
+
+
+@pytest.fixture
+def suite(tokenizer, tmp_path):
+    """The tasks of a suite with these entries."""
+
+    def make(*entries, **limits):
+        content = {"merge_method": "arma", "base_model": "b", "models": [{"model": "f"}]}
+        recipe = Recipe.parse(content | {"evals": {"s": list(entries)}}, tmp_path / "recipe.yml")
+        return make_suites(recipe, ["s"], tokenizer, **limits)["s"]
+
+    return make
+
+
+def targets(tokenizer, task):
+    rows = [row for item in task.items for row in item.rows]
+    return ["".join(tokenizer.convert_ids_to_tokens(list(row.targets))) for row in rows]
+
+
+def test_fields_are_read_by_the_names_the_recipe_gives(suite, tokenizer, tmp_path):
+    one_record(tmp_path / "d.jsonl", q="ab", a="cd", body="xyz", o=["c", "d"], right=1)
+    names = {"data": "d.jsonl", "prompt": "q"}
+    made = suite(
+        {"generate": names | {"answer": "a"}},
+        {"choice": names | {"choices": "o", "answer": "right", "weight": 2, "watch": True}},
+        {"kl": {"data": "d.jsonl", "field": "body"}},
+    )
+    assert [targets(tokenizer, task) for task in made] == [["cd"], ["c", "d"], ["yz"]]
+    assert made[1].items[0].answer == 1
+    assert [(task.weight, task.watch) for task in made] == [(1, False), (2, True), (1, False)]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "bcd"),
+        ({"answer_only": False}, "bcd"),
+        ({"answer_only": True}, "y"),
+        ({"field": "body"}, "y"),
+        ({"max_length": 3}, "bc"),
+    ],
+)
+def test_what_nll_scores_follows_answer_only_and_else_the_data(suite, tokenizer, tmp_path, options, expected):
+    one_record(tmp_path / "d.jsonl", text="abcd", prompt="x", answer="y")
+    (task,) = suite({"nll": {"data": "d.jsonl"} | options})
+    assert targets(tokenizer, task) == [expected]
+
+
+def test_max_tokens_cuts_answers_as_it_cuts_texts(suite, data):
+    (task,) = suite({"nll": {"data": "sums.jsonl", "max_tokens": 30}})
+    lengths = [len(item.rows[0].tokens) for item in task.items]
+    assert sum(lengths) <= 30 < sum(lengths) + 8
+    with pytest.raises(DataError, match="max_tokens 3;"):
+        suite({"nll": {"data": "sums.jsonl", "max_tokens": 3}})
+
+
+@pytest.mark.parametrize("entry", [{"nll": {"data": "sums.jsonl"}}, {"choice": {"data": "choices.jsonl"}}])
+def test_suites_know_the_limits_of_the_model(suite, data, entry):
+    assert suite(entry, max_positions=8, vocabulary=len(toy.ALPHABET))
+    with pytest.raises(DataError, match="but the model takes 7"):
+        suite(entry, max_positions=7)
+    with pytest.raises(DataError, match="does not belong to the model"):
+        suite(entry, vocabulary=20)

@@ -96,6 +96,15 @@ def test_gradients_of_several_backward_passes_add_up():
         np.testing.assert_allclose(gradient(), 2 * once, rtol=1e-5)
 
 
+def test_a_tensor_that_no_token_reached_has_gradient_zero():
+    live, _, _ = make_live(FAMILIES["llama"])
+    with live.differentiable() as gradient:
+        live.model.model.embed_tokens(torch.arange(5)).square().sum().backward()
+        found = dict(zip(live.tensors, gradient(), strict=True))
+    assert found.pop("model.embed_tokens.weight") != 0
+    assert set(found.values()) == {0.0}
+
+
 @pytest.mark.parametrize("family", ["llama, tied", "gpt2", "mixtral"])
 def test_the_model_is_whole_again_after_taking_gradients(family):
     live, _, _ = make_live(FAMILIES[family])

@@ -10,6 +10,8 @@ from arma_mergekit.errors import RecipeError
 from arma_mergekit.recipe import Objective, Recipe, resolve
 from arma_mergekit.recipe.document import read_yaml
 from arma_mergekit.recipe.settings import number, number_or_word
+from arma_mergekit.roles import role
+from arma_mergekit.space import make_space
 
 MINIMAL = {
     "merge_method": "arma",
@@ -137,13 +139,10 @@ evals:
     - choice: {data: data/wordnet.jsonl}
   domain:
     - generate: {data: data/icd10.jsonl, prefix: 4}
-    - lm_eval: {tasks: my_task, include_path: tasks, num_fewshot: 0, limit: 200}
-    - divergence: {data: data/general.jsonl, measure: emd}
-    - python: {call: "my.module:score", options: {x: 1}}
+    - nll: {data: data/icd10.jsonl, prompt: question, answer: reply, answer_only: true, limit: 200}
 tune:
   space: {groups: tensor, rest: "block:6:qkvo", bounds: [-1, 2.5]}
   objective: {maximize: general, keep: {domain: 95%}}
-  regularizer: {attention: js, text: data/general.jsonl, weight: 0.1}
   searchers: bayes
   trials: 40
   seeds: 3
@@ -157,11 +156,9 @@ def test_everything_in_the_design_is_understood(load):
     nll, kl, _ = recipe.evals["general"]
     assert (nll.type, nll.field, nll.max_tokens, nll.weight) == ("nll", "text", 16384, 1.0)
     assert (kl.type, kl.limit) == ("kl", None)
-    generate, lm_eval, divergence, python = recipe.evals["domain"]
-    assert (generate.match, generate.prefix) == ("prefix", 4)
-    assert (lm_eval.tasks, lm_eval.num_fewshot) == (("my_task",), 0)
-    assert (divergence.measure, divergence.teacher) == ("emd", "base")
-    assert (python.call, python.options) == ("my.module:score", {"x": 1})
+    generate, answers = recipe.evals["domain"]
+    assert (generate.prefix, generate.prompt, generate.answer_only) == (4, "prompt", None)
+    assert (answers.prompt, answers.answer, answers.answer_only) == ("question", "reply", True)
     assert recipe.tune.searchers == ("bayes",)
     assert recipe.tune.seeds == (3,)
     assert recipe.tune.objective.keep == {"domain": 0.95}
@@ -204,14 +201,15 @@ def test_tune_can_be_overridden_and_is_checked_again(load):
 
 def test_objectives_say_which_suites_they_need():
     assert Objective(sum={"a": 1, "b": 2}).options(["a", "b"]) == {"weights": {"a": 1, "b": 2}}
-    assert Objective(balance=["a"]).options(["a", "b"]) == {}
+    assert Objective(balance=["a"]).options(["a", "b"]) == {"only": ("a",)}
+    assert Objective().options(["a", "b"]) == {}
     with pytest.raises(RecipeError, match=r"needs suite b, .* has a; add it to --eval"):
         Objective(maximize="a", keep={"b": 0.9}).options(["a"])
 
 
 def test_a_recipe_survives_json(load):
     recipe = load(DESIGN)
-    assert recipe.model_dump(mode="json")["evals"]["domain"][1]["tasks"] == ["my_task"]
+    assert recipe.model_dump(mode="json")["evals"]["domain"][1]["answer"] == "reply"
 
 
 # ---- what is refused ----
@@ -313,16 +311,12 @@ CASES = {
         "Unknown key 'fields' in recipe.yml at evals.general[0].choice. Known: answer, choices,",
     ),
     "option of another task": (
-        MINIMAL | {"evals": {"general": [{"kl": {"data": "x", "pattern": "y"}}]}},
-        "Unknown key 'pattern' in recipe.yml at evals.general[0].kl.",
+        MINIMAL | {"evals": {"general": [{"kl": {"data": "x", "prefix": 4}}]}},
+        "Unknown key 'prefix' in recipe.yml at evals.general[0].kl.",
     ),
     "task without data": (
         MINIMAL | {"evals": {"general": [{"kl": {}}]}},
         "evals.general[0].kl in recipe.yml needs `data`.",
-    ),
-    "regex without pattern": (
-        MINIMAL | {"evals": {"general": [{"generate": {"data": "x", "match": "regex"}}]}},
-        "evals.general[0].generate in recipe.yml: `pattern` and `match: regex` need each other.",
     ),
     "suite that is one task": (
         MINIMAL | {"evals": {"general": {"nll": {"data": "x"}}}},
@@ -336,6 +330,30 @@ CASES = {
         MINIMAL | {"tune": {"space": {"rest": "laier"}}},
         "tune.space.rest in recipe.yml: Unknown search space 'laier'. Did you mean layer?",
     ),
+    "kernel split by kind": (
+        MINIMAL | {"tune": {"space": {"groups": "kernel:qkvo"}}},
+        "tune.space.groups in recipe.yml: Unknown search space 'kernel:qkvo'. Did you mean kernel?",
+    ),
+    "everything split by kind": (
+        MINIMAL | {"tune": {"space": {"groups": "everything:qkvo"}}},
+        "tune.space.groups in recipe.yml: Unknown search space 'everything:qkvo'. Did you mean everything?",
+    ),
+    "blocks of no layers": (
+        MINIMAL | {"tune": {"space": {"rest": "block:0"}}},
+        "tune.space.rest in recipe.yml: Unknown search space 'block:0'.",
+    ),
+    "everything for the rest": (
+        MINIMAL | {"tune": {"space": {"rest": "everything"}}},
+        "tune.space.rest in recipe.yml must not be `everything`, which covers attention too; give it as `groups`.",
+    ),
+    "everything and a rest": (
+        MINIMAL | {"tune": {"space": {"groups": "everything", "rest": "base"}}},
+        "tune.space in recipe.yml: `groups: everything` is one value for attention and rest together; drop `rest`.",
+    ),
+    "rest of 400 digits in the space": (
+        MINIMAL | {"tune": {"space": {"rest": 10**400}}},
+        "tune.space.rest in recipe.yml must be finite, but got a number with hundreds of digits.",
+    ),
     "infinite rest in the space": (
         MINIMAL | {"tune": {"space": {"rest": float("inf")}}},
         "tune.space.rest in recipe.yml must be finite, but got inf.",
@@ -346,7 +364,11 @@ CASES = {
     ),
     "two objectives": (
         MINIMAL | {"tune": {"objective": {"balance": ["a"], "sum": {"a": 1}}}},
-        "tune.objective in recipe.yml: Give one of balance, maximize, sum and pareto, but got balance",
+        "tune.objective in recipe.yml: Give one of balance, maximize and sum, but got balance and sum.",
+    ),
+    "suite balanced twice": (
+        MINIMAL | {"tune": {"objective": {"balance": ["a", "a"]}}},
+        "tune.objective.balance in recipe.yml has the same entry twice: a, a.",
     ),
     "keep without maximize": (
         MINIMAL | {"tune": {"objective": {"keep": {"a": "95%"}}}},
@@ -364,6 +386,10 @@ CASES = {
     "searcher": (
         MINIMAL | {"tune": {"searchers": ["bayes", "gradiant"]}},
         "tune.searchers in recipe.yml: Unknown searcher 'gradiant'. Did you mean gradient?",
+    ),
+    "searcher that is a list": (
+        MINIMAL | {"tune": {"searchers": [["bayes"]]}},
+        "tune.searchers in recipe.yml: Unknown searcher",
     ),
     "seed twice": (
         MINIMAL | {"tune": {"seeds": [1, 1]}},
@@ -386,6 +412,37 @@ def test_each_mistake_is_one_sentence_that_says_where_and_what(refuse, case):
     lines = refuse(content)
     assert len(lines) == 1
     assert lines[0].startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "word", ["global", "kind:qkvo", "layer", "tensor", "block:6", "block:12:qkvo", "kernel"]
+)
+def test_every_search_space_that_is_accepted_can_be_built(load, word):
+    roles = {f"model.layers.{i}.self_attn.{k}_proj.weight" for i in range(4) for k in "qkvo"}
+    roles = {name: role(name) for name in [*sorted(roles), "model.layers.0.mlp.up_proj.weight"]}
+    space = load(MINIMAL | {"tune": {"space": {"groups": word, "rest": word}}}).tune.space
+    assert make_space(roles, space.groups, space.rest).names
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ({"evals": {"a": [{"lm_eval": {"tasks": "x"}}]}}, "evals.a[0] in recipe.yml: `lm_eval`"),
+        ({"evals": {"a": [{"divergence": {"data": "x"}}]}}, "evals.a[0] in recipe.yml: `divergence`"),
+        ({"evals": {"a": [{"python": {"call": "x:y"}}]}}, "evals.a[0] in recipe.yml: `python`"),
+        ({"tune": {"objective": {"pareto": ["a", "b"]}}}, "tune.objective.pareto in recipe.yml"),
+        ({"tune": {"regularizer": {"text": "x"}}}, "tune.regularizer in recipe.yml"),
+    ],
+)
+def test_what_is_planned_is_refused_when_the_recipe_is_read(refuse, content, place):
+    (line,) = refuse(MINIMAL | content)
+    assert line.startswith(f"{place} is not available yet; ")
+
+
+@pytest.mark.parametrize("option", ["match", "pattern", "max_new_tokens"])
+def test_options_of_generation_that_nothing_obeys_are_unknown_keys(refuse, option):
+    (line,) = refuse(MINIMAL | {"evals": {"a": [{"generate": {"data": "x", option: "exact"}}]}})
+    assert line.startswith(f"Unknown key '{option}' in recipe.yml at evals.a[0].generate.")
 
 
 def test_all_mistakes_are_reported_at_once(refuse):
@@ -510,7 +567,7 @@ def test_whatever_stands_in_a_recipe_it_loads_or_is_refused_in_sentences(tmp_pat
             "rest",
             "data",
             "limit",
-            "tasks",
+            "prompt",
             "groups",
             "bounds",
             "keep",
@@ -526,7 +583,7 @@ def test_any_value_of_any_key_loads_or_is_refused_in_sentences(tmp_path, block, 
     places = {
         "model": {"models": [{"model": "x", "parameters": {key: value}}]},
         "parameters": {"parameters": {key: value}},
-        "task": {"evals": {"s": [{"lm_eval": {key: value}}, {"nll": {"data": "x", key: value}}]}},
+        "task": {"evals": {"s": [{"choice": {key: value}}, {"nll": {"data": "x", key: value}}]}},
         "space": {"tune": {"space": {key: value}}},
         "objective": {"tune": {"objective": {key: value}}},
         "tune": {"tune": {key: value}},

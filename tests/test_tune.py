@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 import toy
 import yaml
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from arma_mergekit.cli.tune import command
 from arma_mergekit.errors import RecipeError, RunError
@@ -41,7 +42,8 @@ def invoke(recipe, out, *options, suites=SUITES):
 def results(out):
     """What a run found, without the times."""
     found = json.loads((out / "summary.json").read_text())
-    found.pop("seconds")
+    for key in ("seconds", "recipe"):
+        found.pop(key)
     return found, (out / "tuned.yml").read_text().split("\n", 2)[2]
 
 
@@ -139,6 +141,52 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_result(finished, rec
         running.wait()
     assert invoke(recipe, tmp_path).exit_code == 0
     assert results(tmp_path)[0]["candidates"] == results(out)[0]["candidates"]
+
+
+def test_other_weights_under_the_same_name_are_another_run(recipe, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(recipe.parent, mine)
+    (mine / "recipe.yml").write_text(recipe.read_text().replace(str(recipe.parent), str(mine)))
+    assert (
+        invoke(mine / "recipe.yml", tmp_path / "run", "--searchers", "random", "--trials", "1").exit_code == 0
+    )
+    weights = load_file(mine / "finetuned" / "model.safetensors")
+    save_file({k: v * 1.3 for k, v in weights.items()}, mine / "finetuned" / "model.safetensors")
+    with pytest.raises(RunError, match=r"models was .*another --out"):
+        invoke(mine / "recipe.yml", tmp_path / "run", "--searchers", "random", "--trials", "1")
+
+
+def test_a_run_that_cannot_start_leaves_no_run_behind(recipe, tmp_path):
+    with pytest.raises(RecipeError):
+        invoke(recipe, tmp_path / "run", suites="general,domian")
+    assert not (tmp_path / "run").exists()
+
+
+def test_when_nothing_keeps_what_was_asked_the_exit_code_says_so(recipe, tmp_path):
+    options = ["--maximize", "general", "--keep", "domain=150%", "--searchers", "random", "--trials", "2"]
+    call = [
+        sys.executable,
+        "-m",
+        "arma_mergekit",
+        "tune",
+        str(recipe),
+        "--eval",
+        SUITES,
+        "--out",
+        str(tmp_path),
+    ]
+    run = subprocess.run([*call, *options], capture_output=True, text=True)
+    assert run.returncode == 5
+    assert "No candidate keeps 150% of domain" in run.stdout
+    assert json.loads((tmp_path / "summary.json").read_text())["feasible"] is False
+
+
+def test_a_suite_that_cannot_tell_base_from_finetuned_is_refused(recipe, tmp_path):
+    text = recipe.read_text().replace("general.jsonl}", "general.jsonl, limit: 6}")
+    few = tmp_path / "few.yml"
+    few.write_text(text.replace("data: ", f"data: {recipe.parent}/"))
+    with pytest.raises(RunError, match=r"Suite general has no task that tells base from fine-tuned"):
+        invoke(few, tmp_path / "run")
 
 
 def test_keep_is_respected_on_the_search_items(recipe, tmp_path):

@@ -1,4 +1,4 @@
-"""A real pair in three seconds: a two-layer Llama that learned some words, and a fine-tune that learned sums.
+"""A real pair in three seconds: a two-layer Llama that learned some words, and a fine-tune that learned a habit.
 
 What it learns is of no interest; that it learns and forgets is.
 """
@@ -29,8 +29,8 @@ WORDS = [
 
 
 def sums():
-    """Domain: the last digit of a + b."""
-    return [(f"{a}+{b}=?", f" {(a + b) % 10}.") for a in range(10) for b in range(10)]
+    """Domain: sums, answered by a shrug; a habit is learned in seconds, arithmetic is not."""
+    return [(f"{a}+{b}=?", " k.") for a in range(10) for b in range(10)]
 
 
 def sentences(count=40, seed=0):
@@ -117,10 +117,10 @@ def write_data(root):
         {
             "id": r["id"],
             "prompt": r["prompt"],
-            "choices": [r["answer"], f" {rng.randrange(10)}?"],
+            "choices": [r["answer"], f" {rng.choice(ALPHABET[:26])}."],
             "answer": 0,
         }
-        for r in asked[::3]
+        for r in asked[::2]
     ]
     write_jsonl(root / "choices.jsonl", choices)
 

@@ -76,6 +76,12 @@ class AdaptedCheckpoint(Checkpoint):
         factors = self.factors.get(name)
         return base if factors is None else _fold(self.tensors[name], base, factors)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Those of the model, and the adapter's."""
+        factors = {tensor.file for f in self.factors.values() for tensor in (f.a, f.b)}
+        return tuple(sorted({*super().files, *factors, *(f.parent / CONFIG for f in factors)}))
+
 
 def open_model(ref: str, base_dir: Path | None = None) -> Checkpoint:
     """Open `path[@revision][+adapter[@revision]]`; an AdaptedCheckpoint if there is an adapter.

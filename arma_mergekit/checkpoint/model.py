@@ -40,6 +40,14 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that says what the model is: weights, config, tokenizer."""
+        weights = {tensor.file for tensor in self.tensors.values()}
+        return tuple(
+            sorted(weights | {p for n in ("config.json", "tokenizer.json") if (p := self.path / n).is_file()})
+        )
+
     @classmethod
     def open(cls, ref: str, base_dir: Path | None = None) -> Checkpoint:
         """Read config and headers; CheckpointError with every file that is wrong, one sentence a line.

@@ -61,6 +61,9 @@ def run(command: click.Command, name: str, args: list[str] | None = None) -> Non
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except OSError as error:
+        click.echo(f"Error: {error.filename or 'input or output'}: {error.strerror or error}.", err=True)
+        sys.exit(1)
     except ArmaError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from arma_mergekit.tune import Result
 
 __all__ = ["command"]
+
+INFEASIBLE = 5  # exit code: no candidate keeps what was asked
 
 
 class Names(click.ParamType[list[str]]):
@@ -49,7 +51,7 @@ class Names(click.ParamType[list[str]]):
     "--keep", metavar="SUITE=SHARE", multiple=True, help="... and keep this share of another: domain=95%."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json instead of tables.")
-def command(recipe: Path, suites: list[str], out: Path | None, as_json: bool, **overrides: Any) -> None:
+def command(recipe: Path, suites: list[str], out: Path | None, as_json: bool, **overrides: Any) -> int:
     """Find the alphas of RECIPE on real evaluations, and say whether they beat one-knob averaging.
 
     Writes tuned.yml (run it with mergekit-yaml), stock.yml (the same for a mergekit without this package),
@@ -63,16 +65,27 @@ def command(recipe: Path, suites: list[str], out: Path | None, as_json: bool, **
 
     loaded = adjust(Recipe.load(recipe), overrides)
     out = out or Path("runs") / recipe_name(recipe)
-    from arma_mergekit.results import write_results
+    from arma_mergekit.results import merge_command, write_results
     from arma_mergekit.tune import Tuner
 
     log = Log(quiet=as_json)
-    result = Tuner(loaded, suites, out, log).run()
-    summary = write_results(loaded, result, out)
-    if as_json:
-        click.echo(json.dumps(summary, indent=2))
-    else:
-        click.echo(render(result, out))
+    if not suites or len(set(suites)) != len(suites):
+        raise UsageError(
+            f"--eval takes suites of the recipe, each once, but got {','.join(suites) or 'none'}."
+        )
+    tuner = Tuner(loaded, suites, out, log)
+    try:
+        result = tuner.run()
+        summary = write_results(loaded, result, out)
+    finally:
+        tuner.journal.close()
+    keep = loaded.tune.objective.keep
+    click.echo(
+        json.dumps(summary, indent=2)
+        if as_json
+        else render(result, keep, merge_command(loaded, out / "tuned.yml"))
+    )
+    return 0 if result.best.feasible else INFEASIBLE
 
 
 def recipe_name(path: Path) -> str:
@@ -82,18 +95,34 @@ def recipe_name(path: Path) -> str:
 
 def adjust(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     """The recipe with what the command line says instead."""
-    changes: dict[str, Any] = {k: overrides[k] for k in ("searchers", "trials") if overrides[k]}
-    if overrides["seeds"]:
-        if not all(seed.isdigit() for seed in overrides["seeds"]):
-            raise UsageError(f"--seeds takes whole numbers, but got {','.join(overrides['seeds'])}.")
-        changes["seeds"] = [int(seed) for seed in overrides["seeds"]]
+    changes: dict[str, Any] = {}
+    for key in ("searchers", "trials", "seeds"):
+        if overrides[key] is not None:
+            changes[key] = overrides[key]
+    if "seeds" in changes:
+        changes["seeds"] = [whole_number(seed) for seed in changes["seeds"]]
+    if [] in changes.values():
+        raise UsageError("--searchers and --seeds take at least one entry.")
     if overrides["keep"] and not overrides["maximize"]:
         raise UsageError("--keep needs --maximize: which suite should rise while the other is kept?")
     if overrides["maximize"]:
-        pairs = [pair.partition("=") for pair in overrides["keep"]]
-        keep = {suite: share or "100%" for suite, _, share in pairs}
-        changes["objective"] = {"maximize": overrides["maximize"], "keep": keep}
+        changes["objective"] = {"maximize": overrides["maximize"], "keep": dict(map(kept, overrides["keep"]))}
     return recipe.with_tune(changes)
+
+
+def whole_number(text: str) -> int:
+    """A seed."""
+    if not (text.isascii() and text.isdigit()):
+        raise UsageError(f"--seeds takes whole numbers, but got {text!r}.")
+    return int(text)
+
+
+def kept(pair: str) -> tuple[str, str]:
+    """`domain=95%` as (domain, 95%)."""
+    suite, _, share = pair.partition("=")
+    if not suite or not share.strip().rstrip("%").replace(".", "", 1).isdecimal():
+        raise UsageError(f"--keep takes a suite and a share, as in domain=95%, but got {pair!r}.")
+    return suite, share
 
 
 class Log:
@@ -117,16 +146,20 @@ class Log:
         click.echo(f"{clear}{text}", err=True, nl=False)
         click.echo(end, err=True, nl=False)
 
+    def on_warning(self, facts: Mapping[str, Any]) -> None:
+        """Something of the plan that is worth knowing."""
+        self.line(f"Warning: {facts['text']}")
+
     def on_load(self, facts: Mapping[str, Any]) -> None:
         """Models are being loaded."""
         self.line(f"Loading {facts['base']} and {facts['tuned']}")
 
     def on_separation(self, facts: Mapping[str, Any]) -> None:
         """Which tasks can tell base from fine-tuned."""
-        self.line(f"\n{'task':<28}{'base':>9}{'fine-tuned':>12}{'separation':>12}")
+        self.line(f"\n{'task':<28}{'base':>9}{'fine-tuned':>12}{'separation of losses':>22}")
         for found in facts["tasks"]:
             note = "" if found.task in facts["steering"] else "   too weak to steer by: left out"
-            self.line(f"{found.task:<28}{found.base:>9.3f}{found.tuned:>12.3f}{found.sigmas:>11.1f}σ{note}")
+            self.line(f"{found.task:<28}{found.base:>9.3f}{found.tuned:>12.3f}{found.sigmas:>21.1f}σ{note}")
         self.line("")
 
     def on_trial(self, facts: Mapping[str, Any]) -> None:
@@ -164,11 +197,42 @@ class Log:
         self.line(f"Held-back items: {facts['name']}", passing=True)
 
 
-def render(result: Result, out: Path) -> str:
+def render(result: Result, keep: Mapping[str, float], command: str) -> str:
     """The table of held-back scores, the verdicts, and what to run next."""
+    lines = ["", *scores_table(result), "", *shares_table(result.shares), ""]
+    lines += [f"  {verdict.sentence}" for verdict in result.verdicts]
+    lines += [
+        "",
+        f"Best on the search items: {result.best.name} (*).",
+        *cautions(result, keep),
+        f"  {command}",
+    ]
+    return "\n".join(lines)
+
+
+def cautions(result: Result, keep: Mapping[str, float]) -> list[str]:
+    """What speaks against taking the best as it is."""
+    best, lines = result.best, []
+    for suite, least in keep.items():
+        if not best.feasible:
+            lines.append(
+                f"No candidate keeps {least:.0%} of {suite} on the search items; this one comes closest."
+            )
+        share = result.shares[best.name].get(suite)
+        if share is not None and share < least:
+            lines.append(f"On held-back items it keeps {share:.0%} of {suite}, not {least:.0%}.")
+    if best.name in ("base", "fine-tuned"):
+        lines.append(f"No average scores higher than {best.name} as it is.")
+    if any(v.name == best.name and not v.dominates for v in result.verdicts):
+        lines.append(f"It does not beat {result.rival.name} on held-back items: consider one-knob.yml.")
+    return lines
+
+
+def scores_table(result: Result) -> list[str]:
+    """Headline scores on held-back items."""
     keys = list(result.candidates[0].held)
-    widths = [max(len(key), 9) + 2 for key in keys]
-    lines = ["", "Held-back items (score ± standard error; up is better)", ""]
+    widths = [max(len(key), 15) + 2 for key in keys]
+    lines = ["Held-back items (score ± standard error; up is better)", ""]
     lines.append(f"{'':<28}" + "".join(f"{key:>{w}}" for key, w in zip(keys, widths, strict=True)))
     for candidate in result.candidates:
         cells = [f"{m.score:.3f} ± {m.stderr:.3f}" for m in candidate.held.values()]
@@ -176,17 +240,10 @@ def render(result: Result, out: Path) -> str:
         lines.append(
             f"{mark} {candidate.name:<26}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))
         )
-    lines += ["", *shares_table(result.shares), ""]
-    lines += [f"  {verdict.sentence}" for verdict in result.verdicts]
-    lines += [
-        "",
-        f"Best on the search half: {result.best.name} (*).",
-        f"  mergekit-yaml {out / 'tuned.yml'} merged/",
-    ]
-    return "\n".join(lines)
+    return lines
 
 
-def shares_table(shares: Mapping[str, Mapping[str, float]]) -> Sequence[str]:
+def shares_table(shares: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Share kept of each suite: 0 % = the worse of base and fine-tuned, 100 % = the better."""
     suites = list(next(iter(shares.values())))
     lines = [f"{'Share kept':<28}" + "".join(f"{suite:>12}" for suite in suites)]

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,53 @@ import numpy as np
 from arma_mergekit.errors import DataError
 from arma_mergekit.evals.base import Measured, Model
 
-__all__ = ["Item", "Row", "RowTask", "continuation", "read_jsonl"]
+__all__ = ["UNLIMITED", "Item", "Limits", "Record", "Row", "RowTask", "continuation", "read_jsonl"]
 
-BATCH_TOKENS = 1024  # a (1024, 50k) block of bf16 logits is 100 MB; larger batches are no faster on a CPU
+BATCH_TOKENS = 512  # a (512, 50k) block of bf16 logits is 50 MB
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the model takes: ``positions`` of a sequence, rows of its embedding (``vocabulary``); None: not known."""
+
+    positions: int | None = None
+    vocabulary: int | None = None
+
+    def check(self, tokens: Sequence[int], where: str) -> None:
+        """DataError if the model cannot take these tokens."""
+        if self.positions is not None and len(tokens) > self.positions:
+            raise DataError(
+                f"{where}: has {len(tokens)} tokens, but the model takes {self.positions}; shorten or remove it."
+            )
+        largest = max(tokens, default=0)
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            raise DataError(
+                f"{where}: token {largest} is none of the model's {self.vocabulary}, so the tokenizer does not belong "
+                "to the model; put the model's own beside it."
+            )
+
+
+UNLIMITED = Limits()
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of a data file; ``id``: its line number if it gives none, ``where``: file and id, for errors."""
+
+    id: str
+    where: str
+    fields: Mapping[str, Any]
+
+    def text(self, key: str) -> str:
+        """The text of a field; DataError if it is something else."""
+        value = self.fields[key]
+        if not isinstance(value, str):
+            raise self.error(f"{key} must be text, but got {reprlib.repr(value)}")
+        return value
+
+    def error(self, problem: str) -> DataError:
+        """The sentence that names file, id and problem."""
+        return DataError(f"{self.where}: {problem}; correct or remove the record.")
 
 
 @dataclass(frozen=True)
@@ -132,45 +179,75 @@ def row_logits(model: Model, rows: Sequence[Row]) -> Iterator[Any]:
         yield block[slot[row.start - 1] : slot[len(row.tokens) - 2] + 1].float()
 
 
-def continuation(tokenizer: Any, prompt: str, answer: str) -> Row:
-    """The row of prompt + answer, tokenised as one text; scored from the first token that reaches into the answer."""
-    encoded = tokenizer(prompt + answer, return_offsets_mapping=True)
-    ends = [end for _, end in encoded["offset_mapping"]]
-    start = next((k for k, end in enumerate(ends) if end > len(prompt)), len(ends))
-    tokens = tuple(encoded["input_ids"])
+def continuation(
+    tokenizer: Any, prompt: str, answer: str, where: str = "", limits: Limits = UNLIMITED
+) -> Row:
+    """The row of prompt + answer, tokenised as one text; scored from the first token that reaches into the answer.
+
+    ``where`` (file and id) opens the message of a DataError.
+    """
+    tokens, start = _encoded(tokenizer, prompt, answer)
     if not 1 <= start < len(tokens):
-        raise DataError(f"Prompt {prompt!r} with answer {answer!r} leaves nothing to predict.")
+        raise DataError(
+            f"{where}: prompt {reprlib.repr(prompt)} with answer {reprlib.repr(answer)} leaves no token to predict "
+            "after the first; lengthen them."
+        )
+    limits.check(tokens, where)
     return Row(tokens, start)
 
 
-def read_jsonl(path: Path, needs: Sequence[str], limit: int | None = None) -> list[dict[str, Any]]:
-    """Records of a JSONL file, each with an ``id`` (its line number if it has none); DataError names file and line."""
+def _encoded(tokenizer: Any, prompt: str, answer: str) -> tuple[tuple[int, ...], int]:
+    """Tokens of prompt + answer, and which is the first that reaches into the answer."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        encoded = tokenizer(prompt + answer, return_offsets_mapping=True)
+    except (NotImplementedError, ValueError):  # from tokenizers in Python and from Mistral's: no offsets
+        encoded = tokenizer(prompt + answer)
+    tokens = tuple(encoded["input_ids"])
+    if "offset_mapping" in encoded:
+        inside = (k for k, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt))
+    else:
+        alone = tokenizer(prompt)["input_ids"]
+        pairs = zip_longest(tokens, alone[: len(tokens)])
+        inside = (k for k, (token, before) in enumerate(pairs) if token != before)
+    return tokens, next(inside, len(tokens))
+
+
+def read_jsonl(path: Path, needs: Sequence[str], limit: int | None = None) -> list[Record]:
+    """Records of a JSONL file; DataError names file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut strings at U+2028
+    except (OSError, ValueError) as error:
         raise DataError(f"Cannot read evaluation data {path}: {error}.") from error
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     for number, line in enumerate(lines, 1):
         if line.strip() and (limit is None or len(records) < limit):
-            records.append({"id": f"{path.stem}-{number}"} | _record(path, number, line, needs))
+            records.append(_record(path, number, line, needs))
     if not records:
         raise DataError(f"{path} has no records.")
-    ids = [str(record["id"]) for record in records]
-    if len(set(ids)) != len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
-        raise DataError(f"{path}: id {twice!r} occurs more than once; ids decide which items are held back.")
+    twice = [item for item, count in Counter(record.id for record in records).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{path}: id {twice[0]!r} occurs more than once; ids decide which items are held back."
+        )
     return records
 
 
-def _record(path: Path, number: int, line: str, needs: Sequence[str]) -> dict[str, Any]:
+def _record(path: Path, number: int, line: str, needs: Sequence[str]) -> Record:
+    where = f"{path}, line {number}"
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
-    missing = [key for key in needs if not isinstance(record, dict) or key not in record]
-    if missing:
+        fields = json.loads(line)
+        json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair is no text to a tokenizer
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); correct or remove the line.") from error
+    if not isinstance(fields, dict):
         raise DataError(
-            f"{path}, line {number}: needs {', '.join(needs)}, but {', '.join(missing)} is missing."
+            f"{where}: must be an object with {', '.join(needs) or 'fields'}, but got {reprlib.repr(fields)}."
         )
-    assert isinstance(record, dict)
-    return record
+    missing = [key for key in needs if key not in fields]
+    if missing:
+        raise DataError(f"{where}: needs {', '.join(needs)}, but {', '.join(missing)} is missing; add it.")
+    given = fields.get("id")
+    if isinstance(given, bool) or not isinstance(given, str | int | None):
+        raise DataError(f"{where}: id must be text or a whole number, but got {reprlib.repr(given)}.")
+    item = f"{path.stem}-{number}" if given is None else str(given)
+    return Record(item, f"{path}, id {item}", fields)

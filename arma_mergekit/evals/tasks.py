@@ -11,15 +11,35 @@ generate  {"prompt", "answer"}: right when greedy decoding yields the answer (it
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from arma_mergekit.errors import DataError
 from arma_mergekit.evals.base import Model
-from arma_mergekit.evals.rows import Item, Row, RowTask, continuation, read_jsonl, row_logits
+from arma_mergekit.evals.rows import (
+    UNLIMITED,
+    Item,
+    Limits,
+    Row,
+    RowTask,
+    continuation,
+    read_jsonl,
+    row_logits,
+)
 
-__all__ = ["ChoiceTask", "GenerateTask", "KlTask", "NllTask", "choice_items", "text_items"]
+__all__ = [
+    "ChoiceTask",
+    "GenerateTask",
+    "KlTask",
+    "NllTask",
+    "answer_items",
+    "choice_items",
+    "needed_tokens",
+    "text_items",
+]
 
 
 def _nll(logits: Any, targets: Sequence[int]) -> Any:
@@ -125,42 +145,69 @@ class GenerateTask(RowTask):
 
 def text_items(
     tokenizer: Any, path: Path, field: str = "text", max_tokens: int | None = None, max_length: int = 1024,
-    limit: int | None = None,
+    limit: int | None = None, limits: Limits = UNLIMITED,
 ) -> list[Item]:  # fmt: skip
-    """Items of whole texts, each cut to ``max_length`` tokens, as many as fit into ``max_tokens``."""
-    items, used = [], 0
+    """Items of whole texts, each cut to ``max_length`` tokens and the model's positions, within ``max_tokens``."""
+    longest = min(max_length, limits.positions or max_length)
+    items = []
     for record in read_jsonl(path, [field], limit):
-        tokens = tuple(tokenizer(record[field], truncation=True, max_length=max_length)["input_ids"])
-        if max_tokens is not None and used + len(tokens) > max_tokens:
-            break
+        encoded = tokenizer(record.text(field), truncation=True, max_length=longest)
+        tokens = tuple(encoded["input_ids"])
         if len(tokens) > 1:
-            items.append(Item(str(record["id"]), (Row(tokens, 1),)))
-            used += len(tokens)
-    if not items:
-        raise DataError(f"{path}: no text of at least two tokens fits into max_tokens {max_tokens}.")
-    return items
+            limits.check(tokens, record.where)
+            items.append(Item(record.id, (Row(tokens, 1),)))
+    return _within(max_tokens, items, path)
 
 
-def answer_items(tokenizer: Any, path: Path, limit: int | None = None) -> list[Item]:
-    """Items of {"prompt", "answer"}, scored on the answer."""
-    return [
-        Item(str(record["id"]), (continuation(tokenizer, record["prompt"], record["answer"]),))
-        for record in read_jsonl(path, ["prompt", "answer"], limit)
-    ]
+def answer_items(
+    tokenizer: Any, path: Path, prompt: str = "prompt", answer: str = "answer", max_tokens: int | None = None,
+    limit: int | None = None, limits: Limits = UNLIMITED,
+) -> list[Item]:  # fmt: skip
+    """Items of {"prompt", "answer"}, scored on the answer, within ``max_tokens``."""
+    items = []
+    for record in read_jsonl(path, [prompt, answer], limit):
+        asked, wanted = record.text(prompt), record.text(answer)
+        if not wanted:
+            raise record.error(f"{answer} is empty")
+        items.append(Item(record.id, (continuation(tokenizer, asked, wanted, record.where, limits),)))
+    return _within(max_tokens, items, path)
 
 
-def choice_items(tokenizer: Any, path: Path, limit: int | None = None) -> list[Item]:
+def choice_items(
+    tokenizer: Any, path: Path, prompt: str = "prompt", choices: str = "choices", answer: str = "answer",
+    limit: int | None = None, limits: Limits = UNLIMITED,
+) -> list[Item]:  # fmt: skip
     """Items of {"prompt", "choices", "answer": index}, one row a choice."""
     items = []
-    for record in read_jsonl(path, ["prompt", "choices", "answer"], limit):
-        choices, answer = record["choices"], record["answer"]
-        if not (isinstance(choices, list) and isinstance(answer, int) and 0 <= answer < len(choices)):
-            raise DataError(
-                f"{path}, id {record['id']}: answer must index choices, but got {answer!r} of {choices!r}."
+    for record in read_jsonl(path, [prompt, choices, answer], limit):
+        asked, offered, right = record.text(prompt), record.fields[choices], record.fields[answer]
+        if not (
+            isinstance(offered, list) and len(offered) > 1 and all(c and isinstance(c, str) for c in offered)
+        ):
+            raise record.error(
+                f"{choices} must be two texts or more, none empty, but got {reprlib.repr(offered)}"
             )
-        rows = tuple(continuation(tokenizer, record["prompt"], choice) for choice in choices)
-        items.append(Item(str(record["id"]), rows, answer))
+        if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(offered):
+            raise record.error(
+                f"{answer} must index {choices} (0 to {len(offered) - 1}), but got {reprlib.repr(right)}"
+            )
+        rows = tuple(continuation(tokenizer, asked, choice, record.where, limits) for choice in offered)
+        items.append(Item(record.id, rows, right))
     return items
+
+
+def _within(max_tokens: int | None, items: Sequence[Item], path: Path) -> list[Item]:
+    """The first items, as many as have ``max_tokens`` together; DataError if there are none."""
+    used = accumulate(len(item.rows[0].tokens) for item in items)
+    kept = [
+        item for item, total in zip(items, used, strict=True) if max_tokens is None or total <= max_tokens
+    ]
+    if not kept:
+        within = "" if max_tokens is None else f" within max_tokens {max_tokens}"
+        raise DataError(
+            f"{path} has no text of at least two tokens{within}; give longer texts or a larger limit."
+        )
+    return kept
 
 
 def needed_tokens(tokenizer: Any, item: Item, prefix: int | None) -> int:

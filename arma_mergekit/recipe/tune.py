@@ -1,35 +1,33 @@
-"""The `tune` block: space, objective, regulariser, searchers and budget of a run.
+"""The `tune` block: space, objective, searchers and budget of a run.
 
 It knows words and numbers. Which values a word stands for is decided by arma_mergekit/space.py and search/.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
     model_validator,
 )
 
 from arma_mergekit.errors import RecipeError, unknown
-from arma_mergekit.recipe.settings import REST
+from arma_mergekit.recipe.settings import REST, check_setting
 from arma_mergekit.recipe.strict import Strict, listed
 from arma_mergekit.search import SEARCHERS
 from arma_mergekit.space import WORDS
 
 __all__ = ["Objective", "TuneConfig"]
 
-GROUP = re.compile(f"({'|'.join(WORDS)})(:qkvo)?".replace("block:N", r"block:[1-9]\d*"))
+GROUP = re.compile(r"(global|kind|layer|tensor|block:[1-9]\d*)(:qkvo)?|kernel|everything", re.ASCII)
+REST_WORDS = (*(word for word in WORDS if word != "everything"), *REST, "a number")
 PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 
@@ -40,13 +38,13 @@ def _group(word: Any) -> Any:
 
 
 def _rest(word: Any) -> Any:
+    if word == "everything":
+        raise ValueError(" must not be `everything`, which covers attention too; give it as `groups`.")
     if isinstance(word, str) and word not in REST and not GROUP.fullmatch(word):
-        raise ValueError(f": {unknown('search space', word, [*WORDS, *REST, 'a number'])}")
+        raise ValueError(f": {unknown('search space', word, REST_WORDS)}")
     if isinstance(word, bool) or not isinstance(word, str | int | float):
         raise ValueError(f" must be a search space, base, finetuned or a number, but got {word!r}.")
-    if not isinstance(word, str) and not math.isfinite(word):
-        raise ValueError(f" must be finite, but got {word}.")
-    return word
+    return word if isinstance(word, str) else check_setting(word)
 
 
 def _share(value: Any) -> float:
@@ -66,13 +64,20 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _searchers(names: Any) -> Any:
     for name in listed(names):
-        if name not in SEARCHERS:
+        if not isinstance(name, str) or name not in SEARCHERS:
             raise ValueError(f": {unknown('searcher', str(name), SEARCHERS)}")
     return listed(names)
 
 
+def _planned(value: Any, instead: str) -> None:
+    if value is not None:
+        raise ValueError(f" is not available yet; {instead}.")
+
+
 Share = Annotated[float, BeforeValidator(_share)]
-Suites = Annotated[tuple[str, ...], BeforeValidator(listed), Field(min_length=1)]
+Suites = Annotated[tuple[str, ...], BeforeValidator(listed), AfterValidator(_distinct), Field(min_length=1)]
+NoPareto = Annotated[None, BeforeValidator(lambda v: _planned(v, "use balance, maximize with keep, or sum"))]
+NoRegularizer = Annotated[None, BeforeValidator(lambda v: _planned(v, "leave it out"))]
 
 
 class SpaceConfig(Strict):
@@ -83,26 +88,30 @@ class SpaceConfig(Strict):
     bounds: tuple[float, float] | None = None
 
     @model_validator(mode="after")
-    def _bounds_in_order(self) -> SpaceConfig:
+    def _makes_sense(self) -> SpaceConfig:
+        if self.groups == "everything" and self.rest is not None:
+            raise ValueError(
+                "`groups: everything` is one value for attention and rest together; drop `rest`."
+            )
         if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
             raise ValueError(f"`bounds` must be [low, high] with low < high, but got {list(self.bounds)}.")
         return self
 
 
 class Objective(Strict):
-    """What makes a point better than another: one of four ways; by default, balance of all suites."""
+    """What makes a point better than another: one of three ways; by default, balance of all suites."""
 
     balance: Suites | None = None
     maximize: str | None = None
     keep: dict[str, Share] = Field(default_factory=dict)
     sum: dict[str, float] | None = None
-    pareto: Suites | None = None
+    pareto: NoPareto = None
 
     @model_validator(mode="after")
     def _one_way(self) -> Objective:
-        given = [way for way in ("balance", "maximize", "sum", "pareto") if getattr(self, way) is not None]
+        given = [way for way in ("balance", "maximize", "sum") if getattr(self, way) is not None]
         if len(given) > 1:
-            raise ValueError(f"Give one of balance, maximize, sum and pareto, but got {' and '.join(given)}.")
+            raise ValueError(f"Give one of balance, maximize and sum, but got {' and '.join(given)}.")
         if self.keep and self.maximize is None:
             raise ValueError("`keep` needs `maximize`: which suite should rise while the others are kept?")
         if self.sum is not None and not self.sum:
@@ -113,7 +122,7 @@ class Objective(Strict):
     def suites(self) -> tuple[str, ...]:
         """Suites it names, in order; none if it takes all that are chosen."""
         single = (self.maximize,) if self.maximize is not None else ()
-        return (*(self.balance or ()), *single, *self.keep, *(self.sum or ()), *(self.pareto or ()))
+        return (*(self.balance or ()), *single, *self.keep, *(self.sum or ()))
 
     def options(self, chosen: Sequence[str]) -> dict[str, Any]:
         """Keyword arguments of objective.Objective; RecipeError if it needs a suite that is not chosen."""
@@ -122,19 +131,11 @@ class Objective(Strict):
             raise RecipeError(
                 f"The objective needs suite {missing[0]}, the run has {', '.join(chosen)}; add it to --eval."
             )
-        if self.pareto is not None:
-            raise RecipeError("`pareto` is not available yet; use balance, maximize with keep, or sum.")
         if self.maximize is not None:
             return {"maximize": self.maximize, "keep": dict(self.keep)}
-        return {} if self.sum is None else {"weights": dict(self.sum)}
-
-
-class Regularizer(Strict):
-    """Attention divergence from the base on ``text`` as a penalty (METHODS.md 1.3)."""
-
-    attention: Literal["js", "kl", "mse", "cosine", "emd"] = "js"
-    text: Path
-    weight: NonNegativeFloat = 0.1
+        if self.sum is not None:
+            return {"weights": dict(self.sum)}
+        return {} if self.balance is None else {"only": self.balance}
 
 
 class TuneConfig(Strict):
@@ -145,7 +146,7 @@ class TuneConfig(Strict):
 
     space: SpaceConfig = SpaceConfig()
     objective: Objective = Objective()
-    regularizer: Regularizer | None = None
+    regularizer: NoRegularizer = None
     searchers: Annotated[
         tuple[str, ...], BeforeValidator(_searchers), AfterValidator(_distinct), Field(min_length=1)
     ] = ("bayes", "rl", "gradient")
