@@ -27,6 +27,7 @@ from arma_mergekit.verdict import suite_shares
 
 CASE = Path(__file__).resolve().parent.parent / "recipes" / "icd10"
 CURVE = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+SCOPES = ((0.2, 1.0), (0.4, 1.0), (0.5, 0.0), (1.0, 0.0))  # attention, rest; the published script: rest base
 SUITES = ("general", "domain")
 Shares = Mapping[str, float]
 
@@ -64,13 +65,16 @@ def recipe_for(seed: int, model: Path, arguments: argparse.Namespace) -> Recipe:
 
 
 def curve(tuner: Tuner, result: Result) -> list[tuple[str, Shares]]:
-    """WiSE-FT: one alpha for every tensor, on held-back items."""
+    """WiSE-FT (one alpha for every tensor), and attention apart from the rest, on held-back items."""
+    named = {f"WiSE-FT {a:g}": (a, a) for a in CURVE}
+    named |= {f"attention {a:g}, rest {'fine-tuned' if r else 'base'}": (a, r) for a, r in SCOPES}
+    base, tuned = (c.held for c in result.candidates[:2])
+    weights = dict.fromkeys(base, 1.0)
     points: list[tuple[str, Shares]] = []
-    for alpha in CURVE:
-        candidate = Candidate(f"WiSE-FT {alpha:g}", dict.fromkeys(tuner.loaded.tensors, alpha), 0.0)
-        base, tuned = (c.held for c in result.candidates[:2])
-        weights = dict.fromkeys(base, 1.0)
-        points.append((candidate.name, suite_shares(tuner.held(candidate), base, tuned, weights)))
+    for name, (attention, rest) in named.items():
+        alphas = {t: attention if role.attention else rest for t, role in tuner.roles.items()}
+        held = tuner.held(Candidate(name, alphas, None))
+        points.append((name, suite_shares(held, base, tuned, weights)))
     return points
 
 
@@ -145,7 +149,7 @@ def draw(rows: Mapping[str, Sequence[Shares]], path: Path) -> None:
                 label=name,
                 ls="",
             )
-    for name, place in (("base", (6, -4)), ("fine-tuned", (-62, 2))):
+    for name, place in (("base", (0, -14)), ("fine-tuned", (-62, 2))):
         general, domain = middle[name]
         axes.annotate(name, (domain, general), xytext=place, textcoords="offset points")
     axes.set(
