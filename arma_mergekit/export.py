@@ -15,7 +15,7 @@ from typing import Any
 
 from arma_mergekit.errors import RecipeError
 from arma_mergekit.recipe import resolve
-from arma_mergekit.roles import Role
+from arma_mergekit.roles import Role, depth, layer_counts
 
 __all__ = ["stock_recipe", "tuned_recipe"]
 
@@ -131,7 +131,7 @@ def _most_common(rows: Sequence[Values]) -> tuple[float, ...]:
 
 def _templates(roles: Mapping[str, Role], values: Mapping[str, float]) -> list[Template]:
     """Tensors grouped by their name without the layer's number."""
-    depth = _depth(roles)
+    layers = max(layer_counts(roles).values(), default=0)
     rows: dict[str, list[float | None]] = {}
     single: list[Template] = []
     for tensor, role in roles.items():
@@ -139,7 +139,7 @@ def _templates(roles: Mapping[str, Role], values: Mapping[str, float]) -> list[T
         if suffix is None or role.layer is None:
             single.append(Template(tensor, (values.get(tensor),), layered=False))
         else:
-            rows.setdefault(suffix, [None] * max(depth.values()))[role.layer] = values.get(tensor)
+            rows.setdefault(suffix, [None] * layers)[role.layer] = values.get(tensor)
     return [Template(suffix, tuple(row), layered=True) for suffix, row in rows.items()] + single
 
 
@@ -151,22 +151,11 @@ def layer_suffix(tensor: str, layer: int | None) -> str | None:
     return found.group(1) if found else None
 
 
-def _depth(roles: Mapping[str, Role]) -> dict[str, int]:
-    """Layers of each stack."""
-    depth: dict[str, int] = {}
-    for role in roles.values():
-        if role.layer is not None:
-            depth[role.stack] = max(depth.get(role.stack, 0), role.layer + 1)
-    return depth
-
-
 def _disagreement(roles: Mapping[str, Role], wanted: Mapping[str, float], setting: Any) -> str | None:
     """The first tensor to which mergekit's rules give another value than wanted, or None."""
-    depth = _depth(roles)
+    counts = layer_counts(roles)
     for tensor, role in roles.items():
-        layers = depth.get(role.stack, 0)
-        t = 0.0 if role.layer is None else (role.layer / (layers - 1) if layers > 1 else 1.0)
-        got = resolve(setting, tensor, t)
+        got = resolve(setting, tensor, depth(role, counts))
         if tensor in wanted and (not isinstance(got, (int, float)) or abs(got - wanted[tensor]) > 1e-9):
             return tensor
     return None

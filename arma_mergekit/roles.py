@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Role", "role", "roles", "roles_from_model"]
+__all__ = ["Role", "depth", "layer_counts", "role", "roles", "roles_from_model"]
 
 
 class _Table:
@@ -327,3 +327,20 @@ def _rest_part(parts: Sequence[str], layer: int | None) -> str:
     table = OUTSIDE if layer is None else IN_LAYER
     found = set(map(table.part, parts))
     return next((part for part in table.parts if part in found), "other")
+
+
+def layer_counts(roles: Mapping[str, Role]) -> dict[str, int]:
+    """Layers of each stack, by the highest index."""
+    counts: dict[str, int] = {}
+    for role in roles.values():
+        if role.layer is not None:
+            counts[role.stack] = max(counts.get(role.stack, 0), role.layer + 1)
+    return counts
+
+
+def depth(role: Role, counts: Mapping[str, int]) -> float:
+    """mergekit's t of a tensor: i / (n - 1) in a stack of n layers (1 if n is 1), 0 outside the layers."""
+    if role.layer is None:
+        return 0.0
+    layers = counts[role.stack]
+    return min(1.0, role.layer / (layers - 1)) if layers > 1 else 1.0

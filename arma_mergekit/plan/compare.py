@@ -13,9 +13,9 @@ from typing import Any
 from arma_mergekit.checkpoint import Checkpoint
 from arma_mergekit.checkpoint.header import FLOATS
 from arma_mergekit.checkpoint.model import some
-from arma_mergekit.roles import Role
+from arma_mergekit.roles import Role, layer_counts
 
-__all__ = ["Findings", "compare", "examine", "layer_counts", "setting"]
+__all__ = ["Findings", "compare", "examine", "setting"]
 
 # buffers that old checkpoints hold and every model computes for itself
 RECOMPUTED = (
@@ -41,15 +41,6 @@ def setting(config: Mapping[str, Any], key: str) -> Any:
     """A value of config.json, or of its text part."""
     text = config.get("text_config")
     return config.get(key, text.get(key) if isinstance(text, Mapping) else None)
-
-
-def layer_counts(roles: Mapping[str, Role]) -> dict[str, int]:
-    """Layers of each stack, by the highest index."""
-    counts: dict[str, int] = {}
-    for role in roles.values():
-        if role.layer is not None:
-            counts[role.stack] = max(counts.get(role.stack, 0), role.layer + 1)
-    return counts
 
 
 def examine(checkpoint: Checkpoint) -> list[str]:

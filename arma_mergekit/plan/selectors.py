@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from arma_mergekit.checkpoint.model import some
-from arma_mergekit.plan.compare import Findings, layer_counts, setting
+from arma_mergekit.plan.compare import Findings, setting
 from arma_mergekit.recipe import Setting
 from arma_mergekit.recipe.settings import conditions
-from arma_mergekit.roles import Role
+from arma_mergekit.roles import Role, depth, layer_counts
 
 __all__ = ["NEVER_USED", "Scope", "check_selectors"]
 
@@ -39,19 +39,12 @@ class Scope:
         said = setting(config, "num_hidden_layers")
         if isinstance(said, int) and 0 < said < counts.get("", 0):
             counts[""] = said  # layers beyond are extra heads (multi-token prediction)
-        return cls(roles, {name: _depth(role, counts) for name, role in roles.items()})
+        return cls(roles, {name: depth(role, counts) for name, role in roles.items()})
 
     def layers(self, names: Iterable[str]) -> set[int]:
         """Numbers of layers of the stacks these tensors are in."""
         counts = layer_counts(self.roles)
         return {counts[self.roles[n].stack] for n in names if self.roles[n].layer is not None}
-
-
-def _depth(role: Role, counts: Mapping[str, int]) -> float:
-    if role.layer is None:
-        return 0.0
-    layers = counts[role.stack]
-    return min(1.0, role.layer / (layers - 1)) if layers > 1 else 1.0
 
 
 def check_selectors(

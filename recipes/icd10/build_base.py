@@ -9,6 +9,7 @@ bfloat16 and saves it. The GGUF and the finished weights are pinned, so everyone
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -120,25 +122,27 @@ def build(out: Path = BASE) -> Path:
         return out
     gguf = fetch_gguf()
     print(f"dequantising {gguf.name} to bfloat16", flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
+    with whole(out) as tmp:
         convert(gguf, tmp)
         if (found := sha256(tmp / weights.name)) != MODEL_SHA256:
             raise SystemExit(f"the rebuilt weights have sha256 {found}, expected {MODEL_SHA256}")
-        for path in (tmp, *tmp.iterdir()):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        replace_dir(tmp, out)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    print(f"{out}: done")
     return out
 
 
-def replace_dir(new: Path, out: Path) -> None:
-    """Put the finished directory `new` in the place of `out`."""
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(new, out)
+@contextlib.contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A directory to fill beside `out`, which takes its place when it is complete, or vanishes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        yield tmp
+        for path in (tmp, *tmp.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(tmp, out)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    print(f"{out}: done")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
-from build_base import BASE, replace_dir, sha256
+from build_base import BASE, sha256, whole
 
 HERE = Path(__file__).resolve().parent
 PREFIX = "base_model.model."
@@ -42,20 +41,12 @@ def build(adapter: Path = HERE / "adapter", out: Path = HERE / "models" / "finet
             target = name.removeprefix(PREFIX).replace(".lora_A", "")
             weights[target] = (weights[target].float() + scale * (b.float() @ a.float())).to(torch.bfloat16)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
+    with whole(out) as tmp:
         save_file(weights, tmp / "model.safetensors", metadata={"format": "pt"})
         for file in BASE.iterdir():
             if file.name != "model.safetensors":
                 shutil.copyfile(file, tmp / file.name)
         (tmp / stamp.name).write_text(json.dumps(made_of, indent=2) + "\n")
-        for path in (tmp, *tmp.iterdir()):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        replace_dir(tmp, out)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    print(f"{out}: done")
     return out
 
 
