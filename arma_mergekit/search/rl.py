@@ -1,4 +1,4 @@
-"""The reinforcement-learning controller: a one-step policy gradient over the groups (METHODS.md 1.3; ours).
+"""The reinforcement-learning controller: a one-step policy gradient over the groups (ours).
 
 One episode is one evaluation: the state is what is known of each group before anything is scored, the action
 is one value per group, the reward is the trial's. The caller scores on fixed data, so rewards differ by the
