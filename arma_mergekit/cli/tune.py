@@ -159,7 +159,9 @@ class Log:
         self.line(f"\n{'task':<28}{'base':>9}{'fine-tuned':>12}{'separation of losses':>22}")
         for found in facts["tasks"]:
             note = "" if found.task in facts["steering"] else "   too weak to steer by: left out"
-            self.line(f"{found.task:<28}{found.base:>9.3f}{found.tuned:>12.3f}{found.sigmas:>21.1f}σ{note}")
+            self.line(
+                f"{found.task:<28}{shown(found.base):>9}{shown(found.tuned):>12}{found.sigmas:>21.1f}σ{note}"
+            )
         self.line("")
 
     def on_trial(self, facts: Mapping[str, Any]) -> None:
@@ -235,12 +237,17 @@ def scores_table(result: Result) -> list[str]:
     lines = ["Held-back items (score ± standard error; up is better)", ""]
     lines.append(f"{'':<28}" + "".join(f"{key:>{w}}" for key, w in zip(keys, widths, strict=True)))
     for candidate in result.candidates:
-        cells = [f"{m.score:.3f} ± {m.stderr:.3f}" for m in candidate.held.values()]
+        cells = [f"{shown(m.score)} ± {m.stderr:.3f}" for m in candidate.held.values()]
         mark = "*" if candidate is result.best else " "
         lines.append(
             f"{mark} {candidate.name:<26}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))
         )
     return lines
+
+
+def shown(score: float) -> str:
+    """Three decimals, and no minus before a zero."""
+    return f"{round(score, 3) + 0.0:.3f}"
 
 
 def shares_table(shares: Mapping[str, Mapping[str, float]]) -> list[str]:

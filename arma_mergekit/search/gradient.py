@@ -1,4 +1,4 @@
-"""Projected Adam on exact gradients of rotating minibatches, then full scores of a few.
+"""Projected Adam on exact gradients of rotating minibatches, then full scores of a few candidates.
 
     symbol  meaning                                                             shape
     v       the values; starts at the start                                     (K,)
