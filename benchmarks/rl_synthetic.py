@@ -62,7 +62,9 @@ def table(seeds: int, bayes: bool) -> None:
     print(f"RMSE of alpha after {'/'.join(map(str, BUDGETS))} evaluations, {seeds} seeds\n")
     print("| | " + " | ".join(f"K = {size}" for size in SIZES) + " |")
     print("|---" * (1 + len(SIZES)) + "|")
-    print("| independent Gaussians, earlier | .053/.018/.012 | .103/.037/.019 | .146/.086/.035 | .180/.148/.104 |")
+    print(
+        "| independent Gaussians, earlier | .053/.018/.012 | .103/.037/.019 | .146/.086/.035 | .180/.148/.104 |"
+    )
     row("rl, independent", lambda k, n: error("rl", tests(k, n, 0.0), last))
     row("rl, structured", lambda k, n: error("rl", tests(k, n, 0.7), last))
     row("rl, structured, blank", lambda k, n: error("rl", [blank(t) for t in tests(k, n, 0.7)], last))
