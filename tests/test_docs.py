@@ -1,7 +1,10 @@
 """README and docs say what the code does: help texts, code blocks, recipes, links."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -22,10 +25,17 @@ def blocks(page, language):
 
 
 def help_text(name):
-    command = cli if name == "arma" else cli.get_command(click.Context(cli), name)
-    title = name if name == "arma" else f"arma {name}"
-    with click.Context(command, info_name=title, max_content_width=80, terminal_width=80) as context:
-        return command.get_help(context)
+    """What a user sees; a process of its own, since click caches help options between commands of one process."""
+    words = [] if name == "arma" else [name]
+    call = [
+        sys.executable,
+        "-c",
+        "from arma_mergekit.cli import cli; cli(prog_name='arma')",
+        *words,
+        "--help",
+    ]
+    environment = {**os.environ, "COLUMNS": "80"}
+    return subprocess.run(call, capture_output=True, text=True, check=True, env=environment).stdout
 
 
 @pytest.mark.parametrize("name", ["arma", *sorted(COMMANDS)])
