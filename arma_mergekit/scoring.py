@@ -67,7 +67,8 @@ class Scorer:
         self.items = {key: held_back(task.ids, holdout) for key, task in self.tasks.items()}
         self._check_items()
         live.set_all(0.0)
-        self.tokens = sum(task.prepare(live) for task in self.tasks.values())
+        for task in self.tasks.values():
+            task.prepare(live)
         self._objectives: dict[tuple[int, int] | None, Objective] = {}
         self.objective_options: dict[str, Any] = {}
 
@@ -93,11 +94,13 @@ class Scorer:
             ends[name] = self.measure(self.steering)
         return ends
 
-    def use_ends(self, ends: Mapping[str, Mapping[str, Measured]], weak: str = "drop") -> list[Separation]:
-        """Take the scale from the ends; tasks that cannot tell base from fine-tuned stop steering (unless ``keep``)."""
+    def use_ends(
+        self, ends: Mapping[str, Mapping[str, Measured]], keep_weak: bool = False
+    ) -> list[Separation]:
+        """Take the scale from the ends; tasks that cannot tell base from fine-tuned stop steering (unless kept)."""
         self._ends = ends
         found = [separation(key, ends["base"][key], ends["finetuned"][key]) for key in self.steering]
-        self.steering = [s.task for s in found if s.clear or (weak == "keep" and s.sigmas > 0)]
+        self.steering = [s.task for s in found if s.clear or (keep_weak and s.sigmas > 0)]
         mute = {key.partition("/")[0] for key in self.tasks} - {
             key.partition("/")[0] for key in self.steering
         }

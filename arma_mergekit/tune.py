@@ -105,7 +105,7 @@ class Tuner:
     """One run in one directory. ``suites``: names of the recipe's suites to balance."""
 
     def __init__(self, recipe: Recipe, suites: Sequence[str], out: Path, progress: Progress) -> None:
-        self.recipe, self.suites, self.out, self.progress = recipe, tuple(suites), out, progress
+        self.recipe, self.progress = recipe, progress
         options = recipe.tune.objective.options(suites)
         planned = plan(recipe, require_alpha=False).check()
         for warning in planned.warnings:
@@ -121,7 +121,6 @@ class Tuner:
             self._space_of(searcher)
         # last: what cannot start leaves no run behind
         self.journal = Journal(out / "trials.jsonl", fingerprint(recipe, suites, planned))
-        self.started = time.monotonic()
 
     @property
     def live(self) -> LiveModel:
@@ -137,7 +136,7 @@ class Tuner:
     def run(self) -> Result:
         """Do whatever the journal does not hold yet, and return the result."""
         ends = self._ends()
-        found = self.scorer.use_ends(ends, "keep" if self.recipe.tune.keep_weak else "drop")
+        found = self.scorer.use_ends(ends, self.recipe.tune.keep_weak)
         self.progress("separation", {"tasks": found, "steering": list(self.scorer.steering)})
         knobs = [self._knob("one knob, everything", "everything", "finetuned", KNOB)]
         if any(r.attention for r in self.roles.values()):
@@ -164,7 +163,12 @@ class Tuner:
         """The best of a few values of one alpha."""
         space = self.space(groups, rest, (0.0, 1.0))
         trials = [self._score(f"{name}/{v}", name, space, Query((v,))) for v in values]
-        return self._best(name, space, trials, len(values))
+        best = self._best(name, space, trials, len(values))
+        if best.alphas:
+            best.name = (
+                f"{name} {next(v for v, t in zip(values, trials, strict=True) if t.reward == best.reward):g}"
+            )
+        return best
 
     def _arm(self, arm: Arm) -> Candidate:
         """Ask, score, journal, tell until the budget is spent or the searcher has no further question."""
@@ -184,10 +188,7 @@ class Tuner:
         """The best of the trials that scored all search data; without alphas if there is none."""
         found = [self._candidate(name, space, t, evaluations) for t in trials if t.full]
         nothing = Candidate(name, {}, None, feasible=False, evaluations=evaluations)
-        best = max(found, key=lambda c: c.rank, default=nothing)
-        if name.startswith("one knob") and best.alphas:
-            best.name = f"{name} {next(t for t in trials if t.reward == best.reward).query.values[0]:g}"
-        return best
+        return max(found, key=lambda c: c.rank, default=nothing)
 
     def _space_of(self, searcher: str) -> Space:
         """The recipe's space; what it leaves out depends on whether the searcher has gradients."""

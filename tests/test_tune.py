@@ -39,6 +39,10 @@ def invoke(recipe, out, *options, suites=SUITES):
     )
 
 
+def command_line(recipe, out):
+    return [sys.executable, "-m", "arma_mergekit", "tune", str(recipe), "--eval", SUITES, "--out", str(out)]
+
+
 def results(out):
     """What a run found, without the times."""
     found = json.loads((out / "summary.json").read_text())
@@ -122,17 +126,7 @@ def test_a_run_cut_off_anywhere_goes_on_to_the_same_result(finished, recipe, tmp
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_goes_on_to_the_same_result(finished, recipe, tmp_path):
     out, _ = finished
-    call = [
-        sys.executable,
-        "-m",
-        "arma_mergekit",
-        "tune",
-        str(recipe),
-        "--eval",
-        SUITES,
-        "--out",
-        str(tmp_path),
-    ]
+    call = command_line(recipe, tmp_path)
     for kill in range(20):
         running = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(4 + 0.37 * kill)
@@ -164,17 +158,7 @@ def test_a_run_that_cannot_start_leaves_no_run_behind(recipe, tmp_path):
 
 def test_when_nothing_keeps_what_was_asked_the_exit_code_says_so(recipe, tmp_path):
     options = ["--maximize", "general", "--keep", "domain=150%", "--searchers", "random", "--trials", "2"]
-    call = [
-        sys.executable,
-        "-m",
-        "arma_mergekit",
-        "tune",
-        str(recipe),
-        "--eval",
-        SUITES,
-        "--out",
-        str(tmp_path),
-    ]
+    call = command_line(recipe, tmp_path)
     run = subprocess.run([*call, *options], capture_output=True, text=True)
     assert run.returncode == 5
     assert "No candidate keeps 150% of domain" in run.stdout
