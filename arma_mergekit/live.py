@@ -20,7 +20,6 @@ Embeddings use D[ids]; every other tensor (norms, biases, fused experts) goes th
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -78,6 +77,11 @@ class LiveModel:
         return next(self.model.parameters()).device
 
     @property
+    def base(self) -> Mapping[str, Tensor]:
+        """The base's values of ``tensors``, borrowed."""
+        return self._base
+
+    @property
     def alphas(self) -> Array:
         """Alphas (N,) now in force, in the order of ``tensors``; a copy."""
         return np.array(self._alphas)
@@ -96,7 +100,8 @@ class LiveModel:
             average(self._base[name], [self._tuned[name]], [wanted[i]], out=out, check=False)
 
         # threads over tensors, one inside each: torch's own threads would spin on every step of the kernel
-        with one_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        with one_thread(), ThreadPoolExecutor(threads) as pool:
             list(pool.map(write, changed))
         self._alphas = wanted
 
@@ -108,7 +113,7 @@ class LiveModel:
         """W_ft - W_base of a tensor, in the model's dtype; kept, since every backward pass needs it."""
         if name not in self._deltas:
             target = self._parameters[name]
-            difference = self._tuned[name].float() - self._base[name].float()
+            difference = self._tuned[name].to(torch.float32, copy=True).sub_(self._base[name])
             self._deltas[name] = difference.to(target.device, target.dtype)
         return self._deltas[name]
 
@@ -212,8 +217,15 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor]:
         x, weight, delta = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        along = (nn.functional.linear(x, delta).float() * dy.float()).sum()
-        return dx, None, None, along
+        return dx, None, None, _inner(x, delta, dy)
+
+
+def _inner(x: Tensor, delta: Tensor, dy: Tensor) -> Tensor:
+    """<dy, x D^T> in float32, through the narrower of x D^T and dy D."""
+    wide = delta.shape[0] > delta.shape[1]
+    a, b = (x, dy @ delta) if wide else (dy, nn.functional.linear(x, delta))
+    along: Tensor = torch.linalg.vecdot(a.float(), b.float()).sum()
+    return along
 
 
 class _Shift(torch.autograd.Function):

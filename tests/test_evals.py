@@ -10,7 +10,9 @@ from tokenizers import Tokenizer, models
 from arma_mergekit.errors import DataError
 from arma_mergekit.evals import make_suites, tasks
 from arma_mergekit.evals.base import Measured, held_back, parts
-from arma_mergekit.evals.rows import BATCH_TOKENS, Limits, continuation, read_jsonl
+from arma_mergekit.evals.forward import batches, cost
+from arma_mergekit.evals.rows import BATCH_TOKENS, Limits, continuation
+from arma_mergekit.evals.sources import read_records
 from arma_mergekit.recipe import Recipe
 
 
@@ -72,11 +74,12 @@ def test_scores_do_not_depend_on_what_shares_the_batch(model, tokenizer, data):
 
 def test_batches_hold_every_item_once_within_the_limit(tokenizer, data):
     task = tasks.ChoiceTask("c", tasks.choice_items(tokenizer, data / "choices.jsonl"))
-    batches = list(task._batches(range(len(task.ids))))
-    assert sorted(i for b in batches for i in b) == list(range(len(task.ids)))
-    for batch in batches:
-        rows = [row for i in batch for row in task.items[i].rows]
-        assert len(rows) * max(len(r.tokens) for r in rows) <= BATCH_TOKENS
+    rows = {i: item.rows for i, item in enumerate(task.items)}
+    for share in (False, True):
+        found = list(batches(rows, BATCH_TOKENS, share))
+        assert sorted(i for batch, _ in found for i in batch) == sorted(rows)
+        for batch, shared in found:
+            assert cost([rows[i] for i in batch], shared) <= BATCH_TOKENS
 
 
 def test_kl_is_zero_for_the_base_itself_and_equals_the_definition_elsewhere(model, tokenizer, data):
@@ -126,6 +129,91 @@ def test_generate_agrees_with_greedy_generation(tokenizer, model, tmp_path):
     assert list(whole.measure(model, range(15)).value) == [1.0] * 5 + [0.0] * 10
     first_two = tasks.GenerateTask("g", items, [2] * len(items))
     assert list(first_two.measure(model, range(15)).value) == [1.0] * 5 + [0.0] * 5 + [1.0] * 5
+
+
+def spoken(model, tokenizer, prompt, length):
+    """What transformers' own greedy generation says."""
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    options = {"max_new_tokens": length, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return "".join(tokenizer.convert_ids_to_tokens(said[0, ids.shape[1] :].tolist()))
+
+
+def regex_task(tokenizer, path, records, **options):
+    toy.write_jsonl(path, records)
+    items = tasks.answer_items(tokenizer, path)
+    return tasks.GenerateTask("g", items, [1] * len(items), tokenizer=tokenizer, **options)
+
+
+class Spaceless:
+    """The tokenizer, decoding without spaces between tokens."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.eos_token_id = None
+
+    def __call__(self, *args, **options):
+        return self.tokenizer(*args, **options)
+
+    def decode(self, ids, **options):
+        return "".join(self.tokenizer.convert_ids_to_tokens(list(ids)))
+
+
+def test_a_regex_looks_for_the_answer_in_what_greedy_generation_says(tokenizer, model, tmp_path):
+    tokenizer = Spaceless(tokenizer)
+    prompts = ["ab", "q", "12+3", "lake moon", "xyz"]
+    said = [spoken(model, tokenizer.tokenizer, p, 6) for p in prompts]
+    late = [s[3:6] for s in said]  # said, but only after something else
+    records = [
+        {"prompt": p, "answer": a}
+        for answers in (late, [a + "?" for a in late])
+        for p, a in zip(prompts, answers, strict=True)
+    ]
+    task = regex_task(tokenizer, tmp_path / "g.jsonl", records, regex="^.{3}(.{3})", max_new_tokens=6)
+    expected = [
+        float(record["answer"].strip() == a.strip()) for record, a in zip(records, late * 2, strict=True)
+    ]
+    found = task.measure(model, range(10))
+    assert list(found.value) == expected == [1.0] * 5 + [0.0] * 5
+    short = regex_task(tokenizer, tmp_path / "g.jsonl", records, regex="^.{3}(.{3})", max_new_tokens=5)
+    assert set(short.measure(model, range(10)).value) == {0.0}  # too short to hold it
+    plain = tasks.GenerateTask("g", task.items, [1] * 10).measure(model, range(10))
+    np.testing.assert_array_equal(found.loss, plain.loss)
+    assert found.tokens > plain.tokens
+
+
+def test_without_groups_a_regex_stands_for_its_whole_match_and_space_around_it_does_not_count(
+    tokenizer, model, tmp_path
+):
+    said = spoken(model, tokenizer, "ab", 4)
+    records = [{"prompt": "ab", "answer": f" {said[:2]} "}, {"prompt": "ab", "answer": f"{said[:2]}?"}]
+    task = regex_task(Spaceless(tokenizer), tmp_path / "g.jsonl", records, regex="..", max_new_tokens=4)
+    assert list(task.measure(model, [0, 1]).value) == [1.0, 0.0]
+
+
+def test_a_group_that_matched_nothing_is_no_answer(tokenizer, model, tmp_path):
+    task = regex_task(
+        Spaceless(tokenizer), tmp_path / "g.jsonl", [{"prompt": "ab", "answer": "c"}], regex="(#)?"
+    )
+    assert list(task.measure(model, [0]).value) == [0.0]
+
+
+def test_decoding_in_several_batches_says_the_same(monkeypatch, tokenizer, model, tmp_path):
+    records = [{"prompt": "ab" * k, "answer": "c"} for k in range(1, 8)]
+    task = regex_task(Spaceless(tokenizer), tmp_path / "g.jsonl", records, regex="(.*)", max_new_tokens=5)
+    together, _ = task._decode(model, range(7))
+    monkeypatch.setattr(tasks, "DECODE_TOKENS", 40)
+    apart, _ = task._decode(model, range(7))
+    assert apart == together
+
+
+def test_a_prompt_must_leave_room_for_what_is_decoded(tokenizer, tmp_path):
+    file = one_record(tmp_path / "d.jsonl", prompt="a" * 9, answer="b")
+    assert tasks.answer_items(tokenizer, file, limits=Limits(positions=20), new_tokens=11)
+    with pytest.raises(
+        DataError, match=r"id row: has 9 tokens and max_new_tokens 12, but the model takes 20"
+    ):
+        tasks.answer_items(tokenizer, file, limits=Limits(positions=20), new_tokens=12)
 
 
 def test_backward_receives_parts_that_add_up_to_the_mean_loss(model, tokenizer, data):
@@ -191,16 +279,16 @@ def test_answer_begins_where_the_prompt_ends(tokenizer):
 def test_broken_data_is_refused_naming_file_and_line(tmp_path, lines, message):
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
     with pytest.raises(DataError, match=r"d\.jsonl") as error:
-        read_jsonl(tmp_path / "d.jsonl", ["text"])
+        read_records(tmp_path / "d.jsonl", ["text"])
     assert message in str(error.value)
 
 
 def test_missing_and_binary_data_is_refused(tmp_path):
     with pytest.raises(DataError, match="Cannot read"):
-        read_jsonl(tmp_path / "absent.jsonl", [])
+        read_records(tmp_path / "absent.jsonl", [])
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="Cannot read"):
-        read_jsonl(tmp_path / "b.jsonl", [])
+        read_records(tmp_path / "b.jsonl", [])
 
 
 def test_texts_of_which_nothing_fits_are_refused(tokenizer, data):
@@ -280,13 +368,13 @@ def test_a_line_separator_inside_a_string_does_not_end_the_record(tmp_path):
     (tmp_path / "d.jsonl").write_text(
         '{"text": "a\u2028b"}\r\n{"text": "c\x0cd"}'.replace("\x0c", "\x85"), "utf-8"
     )
-    records = read_jsonl(tmp_path / "d.jsonl", ["text"])
+    records = read_records(tmp_path / "d.jsonl", ["text"])
     assert [record.text("text") for record in records] == ["a\u2028b", "c\x85d"]
 
 
 def test_an_id_may_be_absent_null_text_or_a_whole_number(tmp_path):
     toy.write_jsonl(tmp_path / "d.jsonl", [{}, {"id": None}, {"id": "x"}, {"id": 7}])
-    assert [record.id for record in read_jsonl(tmp_path / "d.jsonl", [])] == ["d-1", "d-2", "x", "7"]
+    assert [record.id for record in read_records(tmp_path / "d.jsonl", [])] == ["d-1", "d-2", "x", "7"]
 
 
 # ---- limits of the model ----

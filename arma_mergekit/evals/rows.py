@@ -1,30 +1,35 @@
-"""Tasks that score continuations: token rows, packed into batches, one forward pass each.
+"""Tasks that score continuations: token rows, and what is measured where their tokens are predicted.
 
-A *row* is a token sequence with the position where its scored part begins. Rows are padded on the right: a causal
-model never looks there, so no mask is needed, and only positions that predict a scored token reach the head.
+A *row* is a token sequence with the position where its scored part begins. It knows no models (forward.py) and no
+files (sources.py).
 """
 
 from __future__ import annotations
 
-import json
+import functools
+import hashlib
 import math
+import re
 import reprlib
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from arma_mergekit.errors import DataError
 from arma_mergekit.evals.base import Measured, Model
 
-__all__ = ["UNLIMITED", "Item", "Limits", "Record", "Row", "RowTask", "continuation", "read_jsonl"]
+if TYPE_CHECKING:
+    from arma_mergekit.evals.forward import CausalLM
 
-BATCH_TOKENS = 512  # a (512, 50k) block of bf16 logits is 50 MB
+__all__ = ["UNLIMITED", "Item", "Limits", "Row", "RowTask", "continuation"]
+
+PLAIN = (str, int, float, tuple, type(None), re.Pattern)
+BATCH_TOKENS = 512
+GRADIENT_TOKENS = 256  # what a gradient keeps is about 1 MB a token at d = 576 and 30 layers
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,12 @@ class Limits:
     positions: int | None = None
     vocabulary: int | None = None
 
-    def check(self, tokens: Sequence[int], where: str) -> None:
-        """DataError if the model cannot take these tokens."""
-        if self.positions is not None and len(tokens) > self.positions:
+    def check(self, tokens: Sequence[int], where: str, more: int = 0) -> None:
+        """DataError if the model cannot take these tokens and ``more`` that it makes itself."""
+        if self.positions is not None and len(tokens) + more > self.positions:
+            made = f" and max_new_tokens {more}" if more else ""
             raise DataError(
-                f"{where}: has {len(tokens)} tokens, but the model takes {self.positions}; shorten or remove it."
+                f"{where}: has {len(tokens)} tokens{made}, but the model takes {self.positions}; shorten or remove it."
             )
         largest = max(tokens, default=0)
         if self.vocabulary is not None and largest >= self.vocabulary:
@@ -49,26 +55,6 @@ class Limits:
 
 
 UNLIMITED = Limits()
-
-
-@dataclass(frozen=True)
-class Record:
-    """A line of a data file; ``id``: its line number if it gives none, ``where``: file and id, for errors."""
-
-    id: str
-    where: str
-    fields: Mapping[str, Any]
-
-    def text(self, key: str) -> str:
-        """The text of a field; DataError if it is something else."""
-        value = self.fields[key]
-        if not isinstance(value, str):
-            raise self.error(f"{key} must be text, but got {reprlib.repr(value)}")
-        return value
-
-    def error(self, problem: str) -> DataError:
-        """The sentence that names file, id and problem."""
-        return DataError(f"{self.where}: {problem}; correct or remove the record.")
 
 
 @dataclass(frozen=True)
@@ -83,14 +69,25 @@ class Row:
         """The scored tokens."""
         return self.tokens[self.start :]
 
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """What the model must see to score them."""
+        return self.tokens[:-1]
+
+    @property
+    def places(self) -> range:
+        """Where among the inputs each of them is predicted."""
+        return range(self.start - 1, len(self.tokens) - 1)
+
 
 @dataclass(frozen=True)
 class Item:
-    """One sample: its rows are scored together (the choices of a question)."""
+    """One sample: its rows are scored together. ``answer``: index of the right one; ``text``: the answer as given."""
 
     id: str
     rows: tuple[Row, ...]
     answer: int = 0
+    text: str = ""
 
 
 class RowTask(ABC):
@@ -104,6 +101,13 @@ class RowTask(ABC):
         self.name, self.items, self.weight = name, tuple(items), weight
         self.ids = tuple(item.id for item in items)
 
+    @functools.cached_property
+    def content(self) -> str | None:
+        """Digest of class, options and token rows: every plain value it holds (the rest is made from them)."""
+        named = ("name", "weight", "watch", "ids")
+        options = {k: v for k, v in vars(self).items() if k not in named and isinstance(v, PLAIN)}
+        return hashlib.sha256(repr((type(self).__qualname__, sorted(options.items()))).encode()).hexdigest()
+
     def prepare(self, base: Model) -> int:
         """Nothing to prepare."""
         return 0
@@ -113,8 +117,19 @@ class RowTask(ABC):
         return float(sum(len(row.targets) for row in item.rows))
 
     @abstractmethod
-    def outcome(self, index: int, logits: Sequence[Any]) -> tuple[Any, float | None]:
-        """Loss () of an item and its headline value (None: -loss), from the float32 logits (targets, V) of its rows."""
+    def columns(self, logits: Any, targets: Any, teacher: Any) -> Any:
+        """What is measured at each scored position, (P, k), from float32 logits (P, V) and targets (P,).
+
+        The first column is differentiable. ``teacher``: what `teacher` returned.
+        """
+
+    @abstractmethod
+    def outcome(self, index: int, rows: Sequence[Any]) -> tuple[Any, float | None]:
+        """Loss () of an item and its headline value (None: -loss), from the columns (targets, k) of its rows."""
+
+    def teacher(self, items: Sequence[int]) -> Any:
+        """A tensor (P, ...) for `columns`, or None."""
+        return None
 
     def measure(
         self, model: Model, items: Sequence[int], backward: Callable[[Any], None] | None = None
@@ -122,21 +137,54 @@ class RowTask(ABC):
         """Score these items; see `Task.measure`."""
         import torch
 
+        from arma_mergekit.evals.forward import CausalLM
+
+        lm = CausalLM(model)
         weights = {i: self.item_weight(self.items[i]) for i in items}
-        total, losses, values, tokens = sum(weights.values()), {}, {}, 0
+        total, losses, values, spent = sum(weights.values()), {}, {}, 0
         with torch.set_grad_enabled(backward is not None):
-            for batch in self._batches(items):
-                rows = [row for i in batch for row in self.items[i].rows]
-                blocks = iter(row_logits(model, rows))
-                batch_loss = []
-                for i in batch:
-                    item_loss, item_value = self.outcome(i, [next(blocks) for _ in self.items[i].rows])
-                    losses[i] = float(item_loss.detach())
-                    values[i] = -losses[i] if item_value is None else item_value
-                    batch_loss.append(item_loss)
-                tokens += len(rows) * max(len(row.tokens) for row in rows)
+            limit = BATCH_TOKENS if backward is None else GRADIENT_TOKENS
+            for batch, shared in self._batches(lm, items, limit):
+                outcomes, tokens = self._score(lm, batch, shared)
+                spent += tokens
                 if backward is not None:
-                    backward(torch.stack(batch_loss).sum() / total)
+                    backward(torch.stack([loss for loss, _ in outcomes]).sum() / total)
+                for i, (loss, value) in zip(batch, outcomes, strict=True):
+                    losses[i] = float(loss.detach())
+                    values[i] = -losses[i] if value is None else value
+        return self._measured(items, losses, values, weights, spent)
+
+    def _batches(
+        self, lm: CausalLM, items: Sequence[int], limit: int = BATCH_TOKENS
+    ) -> Iterator[tuple[list[int], int]]:
+        from arma_mergekit.evals.forward import batches
+
+        return batches({i: self.items[i].rows for i in items}, limit, lm.caches)
+
+    def _score(
+        self, lm: CausalLM, batch: Sequence[int], shared: int
+    ) -> tuple[list[tuple[Any, float | None]], int]:
+        """Outcome of each item of a batch, and the forward tokens spent."""
+        import torch
+
+        from arma_mergekit.evals.forward import by_chunk
+
+        def columns(h: Any, targets: Any, *teacher: Any) -> Any:
+            return self.columns(lm.head(h).float(), targets, *(teacher or (None,)))
+
+        rows = [row for i in batch for row in self.items[i].rows]
+        h, tokens = lm.hidden([self.items[i].rows for i in batch], shared)
+        targets = torch.tensor([t for row in rows for t in row.targets], device=h.device)
+        teacher = self.teacher(batch)
+        given = (h, targets) if teacher is None else (h, targets, teacher)
+        found = by_chunk(columns, lm.vocabulary, *given)
+        by_row = iter(torch.split(found, [len(row.targets) for row in rows]))
+        return [self.outcome(i, [next(by_row) for _ in self.items[i].rows]) for i in batch], tokens
+
+    def _measured(
+        self, items: Sequence[int], losses: Mapping[int, float], values: Mapping[int, float],
+        weights: Mapping[int, float], tokens: int,
+    ) -> Measured:  # fmt: skip
         bad = [self.ids[i] for i in items if not math.isfinite(losses[i])]
         if bad:
             raise DataError(
@@ -144,39 +192,6 @@ class RowTask(ABC):
             )
         loss, value, weight = (np.array([c[i] for i in items], np.float64) for c in (losses, values, weights))
         return Measured(tuple(self.ids[i] for i in items), loss, value, weight, tokens)
-
-    def _batches(self, items: Sequence[int]) -> Iterator[list[int]]:
-        """Items of similar length together, at most BATCH_TOKENS with padding (one item may exceed it)."""
-        length = {i: max(len(row.tokens) for row in self.items[i].rows) for i in items}
-        batch: list[int] = []
-        rows = longest = 0
-        for i in sorted(items, key=lambda i: (length[i], i)):
-            longest = max(longest, length[i])
-            if batch and (rows + len(self.items[i].rows)) * longest > BATCH_TOKENS:
-                yield batch
-                batch, rows, longest = [], 0, length[i]
-            batch.append(i)
-            rows += len(self.items[i].rows)
-        if batch:
-            yield batch
-
-
-def row_logits(model: Model, rows: Sequence[Row]) -> Iterator[Any]:
-    """Float32 logits (targets, V) of each row, from one forward pass over all of them."""
-    import torch
-
-    longest = max(len(row.tokens) for row in rows)
-    # any token will do as padding: nothing scored comes after it
-    padded = [row.tokens + (row.tokens[-1],) * (longest - len(row.tokens)) for row in rows]
-    positions = sorted({p for row in rows for p in range(row.start - 1, len(row.tokens) - 1)})
-    slot = {position: k for k, position in enumerate(positions)}
-    logits = model(
-        input_ids=torch.tensor(padded, device=model.device),
-        logits_to_keep=torch.tensor(positions, device=model.device),
-        use_cache=False,
-    ).logits
-    for row, block in zip(rows, logits, strict=True):
-        yield block[slot[row.start - 1] : slot[len(row.tokens) - 2] + 1].float()
 
 
 def continuation(
@@ -210,44 +225,3 @@ def _encoded(tokenizer: Any, prompt: str, answer: str) -> tuple[tuple[int, ...],
         pairs = zip_longest(tokens, alone[: len(tokens)])
         inside = (k for k, (token, before) in enumerate(pairs) if token != before)
     return tokens, next(inside, len(tokens))
-
-
-def read_jsonl(path: Path, needs: Sequence[str], limit: int | None = None) -> list[Record]:
-    """Records of a JSONL file; DataError names file and line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut strings at U+2028
-    except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read evaluation data {path}: {error}.") from error
-    records: list[Record] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip() and (limit is None or len(records) < limit):
-            records.append(_record(path, number, line, needs))
-    if not records:
-        raise DataError(f"{path} has no records.")
-    twice = [item for item, count in Counter(record.id for record in records).items() if count > 1]
-    if twice:
-        raise DataError(
-            f"{path}: id {twice[0]!r} occurs more than once; ids decide which items are held back."
-        )
-    return records
-
-
-def _record(path: Path, number: int, line: str, needs: Sequence[str]) -> Record:
-    where = f"{path}, line {number}"
-    try:
-        fields = json.loads(line)
-        json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair is no text to a tokenizer
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); correct or remove the line.") from error
-    if not isinstance(fields, dict):
-        raise DataError(
-            f"{where}: must be an object with {', '.join(needs) or 'fields'}, but got {reprlib.repr(fields)}."
-        )
-    missing = [key for key in needs if key not in fields]
-    if missing:
-        raise DataError(f"{where}: needs {', '.join(needs)}, but {', '.join(missing)} is missing; add it.")
-    given = fields.get("id")
-    if isinstance(given, bool) or not isinstance(given, str | int | None):
-        raise DataError(f"{where}: id must be text or a whole number, but got {reprlib.repr(given)}.")
-    item = f"{path.stem}-{number}" if given is None else str(given)
-    return Record(item, f"{path}, id {item}", fields)

@@ -6,19 +6,23 @@ kl        KL(base || merged) per token of {"text"}, from the full next-token dis
 choice    {"prompt", "choices", "answer": index}: right when the right choice has the highest
           length-normalised log-likelihood; loss: cross-entropy over the choices
 generate  {"prompt", "answer"}: right when greedy decoding yields the answer (its first `prefix` characters, if
-          given); loss: NLL of the answer's tokens
+          given; or anything in which `regex` finds the answer); loss: NLL of the answer's tokens
 """
 
 from __future__ import annotations
 
+import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from arma_mergekit.errors import DataError
-from arma_mergekit.evals.base import Model
+from arma_mergekit.evals.base import Measured, Model
 from arma_mergekit.evals.rows import (
     UNLIMITED,
     Item,
@@ -26,9 +30,8 @@ from arma_mergekit.evals.rows import (
     Row,
     RowTask,
     continuation,
-    read_jsonl,
-    row_logits,
 )
+from arma_mergekit.evals.sources import read_records
 
 __all__ = [
     "ChoiceTask",
@@ -42,13 +45,15 @@ __all__ = [
 ]
 
 
-def _nll(logits: Any, targets: Sequence[int]) -> Any:
-    """Negative log-likelihood (targets,) in float32."""
+MAX_NEW_TOKENS = 32
+DECODE_TOKENS = 4096  # in the cache at a time
+
+
+def _nll(logits: Any, targets: Any) -> Any:
+    """Negative log-likelihood (P,) of targets (P,) by logits (P, V)."""
     import torch
 
-    return torch.nn.functional.cross_entropy(
-        logits, torch.tensor(targets, device=logits.device), reduction="none"
-    )
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
 class NllTask(RowTask):
@@ -56,43 +61,55 @@ class NllTask(RowTask):
 
     unit = "-nats/token"
 
-    def outcome(self, index: int, logits: Sequence[Any]) -> tuple[Any, float | None]:
+    def columns(self, logits: Any, targets: Any, teacher: Any) -> Any:
+        """The negative log-likelihood."""
+        return _nll(logits, targets)[:, None]
+
+    def outcome(self, index: int, rows: Sequence[Any]) -> tuple[Any, float | None]:
         """Sum over the item's scored tokens."""
-        (row,) = self.items[index].rows
-        return _nll(logits[0], row.targets).sum(), None
+        return rows[0].sum(), None
 
 
 class KlTask(RowTask):
     """KL(base || merged) per token, summed over the vocabulary; headline: its negative, 0 for the base itself.
 
-    The base's logits are kept in the dtype they come in: tokens x vocabulary x 2 bytes in bf16, so mind `max_tokens`.
+    The base's hidden states are kept, d numbers per token, and its logits computed from them when they are needed.
     """
 
     unit = "-nats/token"
 
     def prepare(self, base: Model) -> int:
-        """Keep the base's logits of every item."""
+        """Keep the base's hidden states (targets, d) of every item, and its head."""
         import torch
 
-        self._teacher: dict[int, Any] = {}
-        tokens = 0
+        from arma_mergekit.evals.forward import CausalLM
+
+        lm = CausalLM(base)
+        self._head = lm.base_head()
+        self._states: dict[int, Any] = {}
+        spent = 0
         with torch.no_grad():
-            for batch in self._batches(range(len(self.items))):
-                rows = [self.items[i].rows[0] for i in batch]
-                for i, logits in zip(batch, row_logits(base, rows), strict=True):
-                    kept = logits.to(torch.bfloat16)
-                    self._teacher[i] = kept if torch.equal(kept.float(), logits) else logits.clone()
-                tokens += len(rows) * max(len(row.tokens) for row in rows)
-        return tokens
+            for batch, _ in self._batches(lm, range(len(self.items))):
+                h, tokens = lm.hidden([self.items[i].rows for i in batch])
+                lengths = [len(self.items[i].rows[0].targets) for i in batch]
+                self._states |= dict(zip(batch, torch.split(h, lengths), strict=True))
+                spent += tokens
+        return spent
 
-    def outcome(self, index: int, logits: Sequence[Any]) -> tuple[Any, float | None]:
-        """Sum over the item's positions of sum_v p_base(v) log(p_base(v) / p(v))."""
+    def teacher(self, items: Sequence[int]) -> Any:
+        """The base's hidden states (P, d)."""
         import torch
 
-        teacher = self._teacher[index].float().log_softmax(-1)
-        return torch.nn.functional.kl_div(
-            logits[0].log_softmax(-1), teacher, reduction="sum", log_target=True
-        ), None
+        return torch.cat([self._states[i] for i in items])
+
+    def columns(self, logits: Any, targets: Any, teacher: Any) -> Any:
+        """sum_v p_base(v) log(p_base(v) / p(v))."""
+        log_p = self._head(teacher).float().log_softmax(-1)
+        return (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1, keepdim=True)
+
+    def outcome(self, index: int, rows: Sequence[Any]) -> tuple[Any, float | None]:
+        """Sum over the item's positions."""
+        return rows[0].sum(), None
 
 
 class ChoiceTask(RowTask):
@@ -108,39 +125,90 @@ class ChoiceTask(RowTask):
         """Every question counts the same."""
         return 1.0
 
-    def outcome(self, index: int, logits: Sequence[Any]) -> tuple[Any, float | None]:
+    def columns(self, logits: Any, targets: Any, teacher: Any) -> Any:
+        """The negative log-likelihood."""
+        return _nll(logits, targets)[:, None]
+
+    def outcome(self, index: int, rows: Sequence[Any]) -> tuple[Any, float | None]:
         """Cross-entropy of the right choice, and whether it was the first."""
         import torch
 
-        item = self.items[index]
-        each = torch.stack([-_nll(x, r.targets).mean() for x, r in zip(logits, item.rows, strict=True)])
-        scale = sum(len(r.targets) for r in item.rows) / len(item.rows)
-        return -(each * scale).log_softmax(0)[item.answer], float(each.argmax() == item.answer)
+        each = torch.stack([-row.mean() for row in rows])
+        scale = sum(map(len, rows)) / len(rows)
+        answer = self.items[index].answer
+        return -(each * scale).log_softmax(0)[answer], float(each.argmax() == answer)
 
 
 class GenerateTask(RowTask):
     """Greedy decoding yields the answer; loss: NLL of the answer's tokens, mean over the item's tokens.
 
-    Decided from one pass over prompt + answer: greedy decoding yields exactly these tokens if and only if each is the
-    most likely one after those before it. (Another tokenisation of the same text does not count.)
+    Without ``regex`` decided from one pass over prompt + answer: greedy decoding yields exactly these tokens if and
+    only if each is the most likely one after those before it. (Another tokenisation of the same text does not count.)
+    ``needed``: how many of each item's tokens must agree.
+
+    With ``regex``, up to ``max_new_tokens`` are decoded, and what it finds first in their text (its first group, or
+    all of the match) must equal the answer, white space at the ends aside. That costs a forward pass per token.
     """
 
     unit = "exact match"
 
-    def __init__(self, name: str, items: Sequence[Item], needed: Sequence[int], weight: float = 1.0) -> None:
+    def __init__(
+        self, name: str, items: Sequence[Item], needed: Sequence[int], weight: float = 1.0, *,
+        tokenizer: Any = None, regex: str | None = None, max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> None:  # fmt: skip
         super().__init__(name, items, weight)
-        self._needed = tuple(needed)
+        self._needed, self._tokenizer = tuple(needed), tokenizer
+        self._regex = None if regex is None else re.compile(regex)
+        self._length = None if regex is None else max_new_tokens
+
+    def measure(
+        self, model: Model, items: Sequence[int], backward: Callable[[Any], None] | None = None
+    ) -> Measured:
+        """Score these items; see `Task.measure`."""
+        found = super().measure(model, items, backward)
+        if self._regex is None:
+            return found
+        said, spent = self._decode(model, items)
+        value = np.array([float(self._is_right(said[i], self.items[i].text)) for i in items])
+        return replace(found, value=value, tokens=found.tokens + spent)
+
+    def _decode(self, model: Model, items: Sequence[int]) -> tuple[dict[int, str], int]:
+        """Text that greedy decoding says to each item, and the forward tokens spent."""
+        from arma_mergekit.evals.forward import CausalLM
+
+        lm = CausalLM(model)
+        stops, length = lm.stops | {self._tokenizer.eos_token_id}, self._length or 0
+        prompts = {i: self.items[i].rows[0].tokens[: self.items[i].rows[0].start] for i in items}
+        order = sorted(items, key=lambda i: len(prompts[i]))
+        size = max(1, DECODE_TOKENS // (len(prompts[order[-1]]) + length))
+        texts: dict[int, str] = {}
+        spent = 0
+        for batch in (order[k : k + size] for k in range(0, len(order), size)):
+            said, tokens = lm.greedy([prompts[i] for i in batch], length, stops)
+            decoded = (self._tokenizer.decode(answer, skip_special_tokens=True) for answer in said)
+            texts |= dict(zip(batch, decoded, strict=True))
+            spent += tokens
+        return texts, spent
+
+    def _is_right(self, said: str, answer: str) -> bool:
+        match = self._regex.search(said) if self._regex else None
+        found = match and match.group(1 if match.re.groups else 0)
+        return found is not None and found.strip() == answer.strip()
 
     def item_weight(self, item: Item) -> float:
         """Every question counts the same."""
         return 1.0
 
-    def outcome(self, index: int, logits: Sequence[Any]) -> tuple[Any, float | None]:
+    def columns(self, logits: Any, targets: Any, teacher: Any) -> Any:
+        """The negative log-likelihood, and whether the target is the most likely token."""
+        import torch
+
+        return torch.stack([_nll(logits, targets), (logits.argmax(-1) == targets).float()], -1)
+
+    def outcome(self, index: int, rows: Sequence[Any]) -> tuple[Any, float | None]:
         """Mean NLL of the answer's tokens, and whether the first ``needed`` of them are all the most likely ones."""
-        (row,) = self.items[index].rows
-        needed = self._needed[index]
-        greedy = logits[0][:needed].argmax(-1).tolist()
-        return _nll(logits[0], row.targets).mean(), float(tuple(greedy) == row.targets[:needed])
+        loss, hit = rows[0].unbind(-1)
+        return loss.mean(), float(hit[: self._needed[index]].all())
 
 
 def text_items(
@@ -150,7 +218,7 @@ def text_items(
     """Items of whole texts, each cut to ``max_length`` tokens and the model's positions, within ``max_tokens``."""
     longest = min(max_length, limits.positions or max_length)
     items = []
-    for record in read_jsonl(path, [field], limit):
+    for record in read_records(path, [field], limit):
         encoded = tokenizer(record.text(field), truncation=True, max_length=longest)
         tokens = tuple(encoded["input_ids"])
         if len(tokens) > 1:
@@ -161,15 +229,20 @@ def text_items(
 
 def answer_items(
     tokenizer: Any, path: Path, prompt: str = "prompt", answer: str = "answer", max_tokens: int | None = None,
-    limit: int | None = None, limits: Limits = UNLIMITED,
+    limit: int | None = None, limits: Limits = UNLIMITED, new_tokens: int = 0,
 ) -> list[Item]:  # fmt: skip
-    """Items of {"prompt", "answer"}, scored on the answer, within ``max_tokens``."""
+    """Items of {"prompt", "answer"}, scored on the answer, within ``max_tokens``.
+
+    The model must have positions for the prompt and ``new_tokens`` more.
+    """
     items = []
-    for record in read_jsonl(path, [prompt, answer], limit):
+    for record in read_records(path, [prompt, answer], limit):
         asked, wanted = record.text(prompt), record.text(answer)
         if not wanted:
             raise record.error(f"{answer} is empty")
-        items.append(Item(record.id, (continuation(tokenizer, asked, wanted, record.where, limits),)))
+        row = continuation(tokenizer, asked, wanted, record.where, limits)
+        limits.check(row.tokens[: row.start], record.where, new_tokens)
+        items.append(Item(record.id, (row,), text=wanted))
     return _within(max_tokens, items, path)
 
 
@@ -179,7 +252,7 @@ def choice_items(
 ) -> list[Item]:  # fmt: skip
     """Items of {"prompt", "choices", "answer": index}, one row a choice."""
     items = []
-    for record in read_jsonl(path, [prompt, choices, answer], limit):
+    for record in read_records(path, [prompt, choices, answer], limit):
         asked, offered, right = record.text(prompt), record.fields[choices], record.fields[answer]
         if not (
             isinstance(offered, list) and len(offered) > 1 and all(c and isinstance(c, str) for c in offered)
