@@ -1,13 +1,16 @@
 import copy
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from arma_mergekit.attention import DIVERGENCES
 from arma_mergekit.errors import RecipeError
-from arma_mergekit.recipe import Objective, Recipe, resolve
+from arma_mergekit.objective import Bound
+from arma_mergekit.recipe import Objective, Recipe, evals, resolve
 from arma_mergekit.recipe.document import read_yaml
 from arma_mergekit.recipe.settings import number, number_or_word
 from arma_mergekit.roles import role
@@ -161,10 +164,10 @@ def test_everything_in_the_design_is_understood(load):
     assert (answers.prompt, answers.answer, answers.answer_only) == ("question", "reply", True)
     assert recipe.tune.searchers == ("bayes",)
     assert recipe.tune.seeds == (3,)
-    assert recipe.tune.objective.keep == {"domain": 0.95}
+    assert recipe.tune.objective.keep == {"domain": Bound(0.95)}
     assert recipe.tune.objective.options(["general", "domain"]) == {
         "maximize": "general",
-        "keep": {"domain": 0.95},
+        "keep": {"domain": Bound(0.95)},
     }
 
 
@@ -364,7 +367,7 @@ CASES = {
     ),
     "two objectives": (
         MINIMAL | {"tune": {"objective": {"balance": ["a"], "sum": {"a": 1}}}},
-        "tune.objective in recipe.yml: Give one of balance, maximize and sum, but got balance and sum.",
+        "tune.objective in recipe.yml: Give one of balance, maximize, sum, pareto, but got balance and sum.",
     ),
     "suite balanced twice": (
         MINIMAL | {"tune": {"objective": {"balance": ["a", "a"]}}},
@@ -425,21 +428,134 @@ def test_every_search_space_that_is_accepted_can_be_built(load, word):
 
 
 @pytest.mark.parametrize(
-    ("content", "place"),
+    ("tune", "sentence"),
     [
-        ({"evals": {"a": [{"lm_eval": {"tasks": "x"}}]}}, "evals.a[0] in recipe.yml: `lm_eval`"),
-        ({"evals": {"a": [{"divergence": {"data": "x"}}]}}, "evals.a[0] in recipe.yml: `divergence`"),
-        ({"evals": {"a": [{"python": {"call": "x:y"}}]}}, "evals.a[0] in recipe.yml: `python`"),
-        ({"tune": {"objective": {"pareto": ["a", "b"]}}}, "tune.objective.pareto in recipe.yml"),
-        ({"tune": {"regularizer": {"text": "x"}}}, "tune.regularizer in recipe.yml"),
+        ({"objective": {"pareto": ["a"]}}, "tune.objective in recipe.yml: `pareto` needs two suites or more"),
+        ({"regularizer": {"text": "x", "attention": "jss"}}, "tune.regularizer.attention in recipe.yml"),
+        (
+            {"space": {"limits": {"attention.q": [1, 0]}}},
+            "tune.space in recipe.yml: `limits` of attention.q must be",
+        ),
+        ({"space": {"tie": [[]]}}, "tune.space in recipe.yml: `tie` must hold lists of group names"),
+        (
+            {"objective": {"maximize": "a", "keep": {"b": "2 sigma"}}},
+            "tune.objective.keep.b in recipe.yml must be 95%",
+        ),
+        ({"rung": 0}, "tune.rung in recipe.yml"),
     ],
 )
-def test_what_is_planned_is_refused_when_the_recipe_is_read(refuse, content, place):
-    (line,) = refuse(MINIMAL | content)
-    assert line.startswith(f"{place} is not available yet; ")
+def test_a_tune_block_without_sense_is_refused_in_one_sentence(refuse, tune, sentence):
+    (line,) = refuse(MINIMAL | {"tune": tune})
+    assert line.startswith(sentence)
 
 
-@pytest.mark.parametrize("option", ["match", "pattern", "max_new_tokens"])
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ({"lm_eval": {"limit": 3}}, "evals.a[0].lm_eval in recipe.yml needs `tasks`."),
+        ({"lm_eval": {"tasks": []}}, "evals.a[0].lm_eval in recipe.yml needs `tasks`."),
+        (
+            {"lm_eval": {"tasks": "x", "task": "y"}},
+            "Unknown key 'task' in recipe.yml at evals.a[0].lm_eval. Did you mean tasks?",
+        ),
+        (
+            {"lm_eval": {"tasks": "x", "num_fewshot": -1}},
+            "evals.a[0].num_fewshot in recipe.yml should be greater",
+        ),
+        (
+            {"lm_eval": {"tasks": "x", "limit": 3, "samples": {"x": [1]}}},
+            "evals.a[0].lm_eval in recipe.yml has both `limit` and `samples`; give one.",
+        ),
+        (
+            {"lm_eval": {"tasks": "x", "fewshot_as_multiturn": True}},
+            "evals.a[0].lm_eval in recipe.yml has `fewshot_as_multiturn`, which needs `apply_chat_template: true`.",
+        ),
+        (
+            {"divergence": {"data": "x", "metric": "jss"}},
+            "evals.a[0].divergence in recipe.yml: Unknown metric 'jss'. Did you mean js? Known: cosine, emd,",
+        ),
+        (
+            {"divergence": {"data": "x", "teacher": "both"}},
+            "evals.a[0].teacher in recipe.yml should be 'base' or",
+        ),
+        (
+            {"generate": {"data": "x", "max_new_tokens": 3}},
+            "evals.a[0].generate in recipe.yml has `max_new_tokens`, which",
+        ),
+        (
+            {"generate": {"data": "x", "regex": "a", "prefix": 2}},
+            "evals.a[0].generate in recipe.yml has both `regex` and `prefix`; give one.",
+        ),
+        (
+            {"generate": {"data": "x", "regex": "(a"}},
+            "evals.a[0].generate.regex in recipe.yml must be a regular expression, but '(a' is none (missing )",
+        ),
+        (
+            {"generate": {"data": "x", "regex": 3}},
+            "evals.a[0].regex in recipe.yml should be a string, but got 3.",
+        ),
+        ({"python": {"data": "x"}}, "evals.a[0].python in recipe.yml needs `function`."),
+        (
+            {"python": {"function": "score", "data": "x"}},
+            "evals.a[0].python.function in recipe.yml must be module:name or file.py:name, but got 'score'.",
+        ),
+        (
+            {"python": {"function": "a/b:score", "data": "x"}},
+            "evals.a[0].python.function in recipe.yml must be",
+        ),
+        (
+            {"python": {"function": "a.py:score"}},
+            "evals.a[0].python in recipe.yml needs `data`, or a `limit`",
+        ),
+        (
+            {"python": {"function": "a:b", "data": "x", "k": 1}},
+            "Unknown key 'k' in recipe.yml at evals.a[0].python.",
+        ),
+        ({"nll": {"data": "x", "tasks": "y"}}, "Unknown key 'tasks' in recipe.yml at evals.a[0].nll."),
+        (
+            "",
+            "evals.a[0] in recipe.yml must be one task, as in {nll: {data: my.jsonl}}, or a name of lm-eval's",
+        ),
+    ],
+)
+def test_each_mistake_in_a_task_is_one_sentence(refuse, entry, sentence):
+    (line,) = refuse(MINIMAL | {"evals": {"a": [entry]}})
+    assert line.startswith(sentence)
+
+
+def test_every_kind_of_task_has_its_options(load):
+    entries = [
+        "mmlu",
+        {
+            "lm_eval": {
+                "tasks": ["a", "b"],
+                "include_path": "t",
+                "samples": {"a": [3, 1]},
+                "metric": "acc_norm",
+            }
+        },
+        {
+            "lm_eval": {
+                "tasks": "a",
+                "gen_kwargs": {"until": ["x"]},
+                "apply_chat_template": True,
+                "num_fewshot": 0,
+            }
+        },
+        {"python": {"function": "e/my eval.py:score", "data": "d.parquet", "options": {"k": 1}}},
+        {"python": {"function": "package.module:score", "limit": 4}},
+        {"divergence": {"data": "d.txt", "metric": "emd", "teacher": "finetuned", "max_tokens": 9}},
+    ]
+    name, chosen, chat, file, module, divergence = load(MINIMAL | {"evals": {"a": entries}}).evals["a"]
+    assert (name.type, name.tasks) == ("lm_eval", ("mmlu",))
+    assert (chosen.tasks, chosen.samples, chosen.paths) == (("a", "b"), {"a": (3, 1)}, (Path("t"),))
+    assert (chat.gen_kwargs, chat.fewshot_as_multiturn, chat.num_fewshot) == ({"until": ["x"]}, None, 0)
+    assert (file.options, file.paths) == ({"k": 1}, (Path("d.parquet"), Path("e/my eval.py")))
+    assert (module.limit, module.paths) == (4, ())
+    assert (divergence.metric, divergence.teacher) == ("emd", "finetuned")
+
+
+@pytest.mark.parametrize("option", ["match", "pattern", "max_gen_toks"])
 def test_options_of_generation_that_nothing_obeys_are_unknown_keys(refuse, option):
     (line,) = refuse(MINIMAL | {"evals": {"a": [{"generate": {"data": "x", option: "exact"}}]}})
     assert line.startswith(f"Unknown key '{option}' in recipe.yml at evals.a[0].generate.")
@@ -560,7 +676,7 @@ def test_whatever_stands_in_a_recipe_it_loads_or_is_refused_in_sentences(tmp_pat
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    block=st.sampled_from(["model", "parameters", "task", "space", "objective", "tune"]),
+    block=st.sampled_from(["model", "parameters", "task", "other task", "space", "objective", "tune"]),
     key=st.sampled_from(
         [
             "alpha",
@@ -568,6 +684,13 @@ def test_whatever_stands_in_a_recipe_it_loads_or_is_refused_in_sentences(tmp_pat
             "data",
             "limit",
             "prompt",
+            "tasks",
+            "samples",
+            "metric",
+            "function",
+            "options",
+            "regex",
+            "max_new_tokens",
             "groups",
             "bounds",
             "keep",
@@ -584,8 +707,15 @@ def test_any_value_of_any_key_loads_or_is_refused_in_sentences(tmp_path, block, 
         "model": {"models": [{"model": "x", "parameters": {key: value}}]},
         "parameters": {"parameters": {key: value}},
         "task": {"evals": {"s": [{"choice": {key: value}}, {"nll": {"data": "x", key: value}}]}},
+        "other task": {
+            "evals": {"s": [{"lm_eval": {"tasks": "x", key: value}}, {"python": {key: value}}, value]}
+        },
         "space": {"tune": {"space": {key: value}}},
         "objective": {"tune": {"objective": {key: value}}},
         "tune": {"tune": {key: value}},
     }
     assert all(map(str.strip, complaints(MINIMAL | places[block], tmp_path / "recipe.yml")))
+
+
+def test_the_divergences_of_a_recipe_are_those_of_the_attention_package():
+    assert tuple(evals.DIVERGENCES) == tuple(DIVERGENCES)

@@ -20,9 +20,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Measured", "Model", "Task", "held_back", "parts"]
+__all__ = ["Measured", "Model", "Part", "Split", "Task", "held_back", "join", "paired", "parts"]
 
 Array = npt.NDArray[np.float64]
+Part = tuple[int, int]  # (i, n): the i-th of n parts of the search items
 
 
 class Model(Protocol):
@@ -69,6 +70,21 @@ class Measured:
         return _ratio_stderr(self.value, self.weight)
 
 
+def join(a: Measured, b: Measured) -> Measured:
+    """Scores of disjoint items of one task as one."""
+    columns = (np.concatenate([getattr(m, k) for m in (a, b)]) for k in ("loss", "value", "weight"))
+    loss, value, weight = columns
+    return Measured(a.ids + b.ids, loss, value, weight, a.tokens + b.tokens)
+
+
+def paired(ours: Measured, theirs: Measured, of: str = "loss") -> tuple[float, float]:
+    """Mean of ours - theirs over items that both scored, and its standard error. ``of``: "loss" or "value"."""
+    if ours.ids != theirs.ids:
+        raise ValueError("Only scores of the same items in the same order can be paired.")
+    difference = getattr(ours, of) - getattr(theirs, of)
+    return float(difference.sum() / ours.weight.sum()), _ratio_stderr(difference, ours.weight)
+
+
 def _ratio_stderr(total: Array, weight: Array) -> float:
     """Standard error of sum(total) / sum(weight) over independent items (the usual linearisation)."""
     n = len(total)
@@ -82,7 +98,8 @@ def _ratio_stderr(total: Array, weight: Array) -> float:
 class Task(Protocol):
     """A named set of items that can be scored.
 
-    ``watch``: only for the verdict, on held-back items; no search sees it.
+    ``watch``: only for the verdict, on held-back items; no search sees it. ``content``: digest of all that decides its
+    scores beside the model, so that they may be kept for later runs; None if there is none.
     """
 
     name: str
@@ -91,6 +108,11 @@ class Task(Protocol):
     weight: float
     watch: bool
     differentiable: bool
+
+    @property
+    def content(self) -> str | None:
+        """See above."""
+        ...
 
     def prepare(self, base: Model) -> int:
         """Called once with the base model before anything is scored; returns the forward tokens spent."""
@@ -118,3 +140,18 @@ def parts(ids: Sequence[str], items: Sequence[int], n: int) -> list[list[int]]:
     """Cut items into n parts of nearly equal size, at random but fixed by the ids."""
     order = sorted(items, key=lambda i: _rank(ids[i], "part"))
     return [order[k::n] for k in range(n)]
+
+
+class Split:
+    """The items of a task: those searched on, cut into parts, and those held back."""
+
+    def __init__(self, ids: Sequence[str], holdout: float) -> None:
+        self.ids = ids
+        self.search, self.held = held_back(ids, holdout)
+
+    def part(self, part: Part | None, complement: bool = False) -> list[int]:
+        """Search items of a part, or all of them; ``complement``: those outside the part."""
+        if part is None:
+            return self.search
+        chosen = parts(self.ids, self.search, part[1])[part[0]]
+        return sorted(set(self.search) - set(chosen)) if complement else chosen

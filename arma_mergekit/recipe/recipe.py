@@ -18,6 +18,8 @@ from arma_mergekit.recipe.tune import TuneConfig
 
 __all__ = ["ModelEntry", "Recipe"]
 
+# 28 passages in the public domain: presidential addresses, the World Factbook, books (recipes/icd10/SOURCES.md)
+BUILTIN = {"builtin:prose": Path(__file__).parents[1] / "evals" / "prose.jsonl"}
 Alpha = Annotated[Any, PlainValidator(check_setting)]
 Rest = Annotated[Any, PlainValidator(lambda value: check_setting(value, REST))]
 DType = Annotated[
@@ -143,8 +145,12 @@ class Recipe(Strict):
         return tuple(s for s in (entry.parameters.alpha, self.parameters.alpha) if s is not None)
 
     def data_path(self, path: str | Path) -> Path:
-        """Where a data file is that the recipe names: relative to the recipe."""
-        return self.path.parent / path
+        """Where a file is that the recipe names: relative to the recipe, or part of this package (`builtin:prose`)."""
+        if not str(path).startswith("builtin:"):
+            return self.path.parent / path
+        if str(path) not in BUILTIN:
+            raise RecipeError(f"{self.path}: {unknown('data', str(path), BUILTIN)}")
+        return BUILTIN[str(path)]
 
     def with_tune(self, changes: Mapping[str, Any]) -> Recipe:
         """The recipe with these keys of `tune` replaced; RecipeError if they do not make sense."""
