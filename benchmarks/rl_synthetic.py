@@ -1,6 +1,7 @@
 """How near the `rl` controller gets to a known optimum: RMSE of alpha after 40, 100 and 200 evaluations.
 
     python benchmarks/rl_synthetic.py [--seeds 60]
+    python benchmarks/rl_synthetic.py --many [--seeds 5]
 
 Quadratic rewards (`conformance.quadratic`) of K values in [0, 1], optima with standard deviation 0.18
 around 0.5, the start; curvatures lognormal; noise with a standard deviation of 2 % of the expected gap
@@ -8,6 +9,9 @@ between start and optimum. What is judged is the last question of a run, the squ
 for `random` and `bayes` it is the best point found. `independent`: optima unrelated to the features.
 `structured`: 70 % of their variance is linear in them; `blank` is the same problem with the features
 blanked. Under a minute on one core; `--bayes` adds minutes.
+
+`--many`: the share of the way from start to optimum that searchers go in 40 and 210 values, with 16 and 40
+evaluations, with and without three gradients to begin with (`search/slopes.py`; their cost is counted).
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from arma_mergekit.search.conformance import Quadratic, best, quadratic, run
 
 SIZES, BUDGETS = (1, 3, 8, 32), (40, 100, 200)
 SPREAD, NOISE = 0.18, 0.02
+MANY, FEW_BUDGETS = (40, 210), (16, 40)
+MANY_SEARCHERS = ("random", "rl", "rl:slopes", "cmaes", "cmaes:slopes", "bayes", "bayes:slopes", "gradient")
 
 
 def make(size: int, seed: int, budget: int, structure: float) -> Quadratic:
@@ -72,11 +78,35 @@ def table(seeds: int, bayes: bool) -> None:
         row(f"{name}, independent", lambda k, n, name=name: error(name, tests(k, n, 0.0), best))  # type: ignore[misc]
 
 
+def way(searcher: str, size: int, budget: int, seeds: int) -> float:
+    """Median share of the way to the optimum."""
+    shares = []
+    for seed in range(seeds):
+        test = quadratic(size, seed, budget=budget)
+        trials = run(make_searcher(searcher, test.problem, seed), test.evaluate, budget)
+        shares.append(test.exact(best(trials).query.values))
+    return float(np.median(shares))
+
+
+def many(seeds: int) -> None:
+    columns = [(size, budget) for size in MANY for budget in FEW_BUDGETS]
+    print(f"Share of the way to the optimum, median of {seeds} seeds\n")
+    print("| | " + " | ".join(f"K = {size}, {budget} evaluations" for size, budget in columns) + " |")
+    print("|---" * (1 + len(columns)) + "|")
+    for name in MANY_SEARCHERS:
+        cells = (f"{way(name, size, budget, seeds):.2f}" for size, budget in columns)
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=60)
+    parser.add_argument("--seeds", type=int)
     parser.add_argument("--bayes", action="store_true", help="TPE too")
+    parser.add_argument("--many", action="store_true", help="many values, with and without gradients")
     options = parser.parse_args()
-    table(options.seeds, options.bayes)
+    if options.many:
+        many(options.seeds or 5)
+    else:
+        table(options.seeds or 60, options.bayes)

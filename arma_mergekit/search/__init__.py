@@ -16,6 +16,7 @@ from arma_mergekit.search.base import Problem, Query, Searcher, SearcherFactory,
 
 __all__ = [
     "SEARCHERS",
+    "WITH_GRADIENTS",
     "Problem",
     "Query",
     "Searcher",
@@ -28,11 +29,18 @@ __all__ = [
 SEARCHERS = {  # name in recipes and on the command line -> module, factory
     "bayes": ("bayes", "tpe"),
     "bayes:gp": ("bayes", "gp"),
+    "bayes:slopes": ("slopes", "bayes"),
+    "cmaes": ("cmaes", "CmaesSearcher"),
+    "cmaes:slopes": ("slopes", "cmaes"),
     "gradient": ("gradient", "GradientSearcher"),
     "grid": ("grid", "GridSearcher"),
     "random": ("random", "RandomSearcher"),
     "rl": ("rl", "PolicySearcher"),
+    "rl:slopes": ("slopes", "rl"),
 }
+WITH_GRADIENTS = frozenset(
+    {"bayes:slopes", "cmaes:slopes", "gradient", "rl:slopes"}
+)  # at home in fine spaces
 
 
 def find_searcher(name: str) -> SearcherFactory:

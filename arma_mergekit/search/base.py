@@ -7,20 +7,21 @@ A searcher knows numbers only: no models, files, clocks or suites. The caller ow
         searcher.tell(Trial(query, reward=...))
 
 Rules every searcher keeps (tests: `check_searcher` in this package, usable on other people's classes):
-`ask` depends only on the problem, the seed and what was told, in order; points lie within the bounds; a failed
-trial (reward None) is accepted; nothing passed in is changed.
+`ask` depends only on the problem, the seed and the calls of `ask` and `tell` before it; points lie within the bounds;
+a failed trial (reward None) and an estimated one are accepted; nothing passed in is changed. One whose class says
+``concurrent`` may be asked again while questions are open, equal ones among them, and is told in any order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Problem", "Query", "Searcher", "SearcherFactory", "Trial"]
+__all__ = ["Problem", "Query", "Searcher", "SearcherFactory", "Spending", "Trial"]
 
 Array = npt.NDArray[np.float64]
 
@@ -69,29 +70,67 @@ class Query:
 
 @dataclass(frozen=True)
 class Trial:
-    """The answer: ``reward`` J goes up when things get better and is None when the trial failed."""
+    """The answer: ``reward`` J goes up when things get better and is None when the trial failed.
+
+    ``cost``: full evaluations actually paid, None when that is the query's. ``estimated``: ruled out on a share of the
+    search data, so the reward is what the rest was expected to say.
+    """
 
     query: Query
     reward: float | None
     gradient: tuple[float, ...] | None = None
     details: dict[str, float] = field(default_factory=dict)
+    cost: float | None = None
+    estimated: bool = False
+
+    @property
+    def paid(self) -> float:
+        """In full evaluations."""
+        return self.query.cost if self.cost is None else self.cost
 
     @property
     def full(self) -> bool:
         """Whether it counts for picking the best: scored on all search data, without failing."""
-        return self.reward is not None and self.query.part is None
+        return self.reward is not None and self.query.part is None and not self.estimated
+
+
+@dataclass
+class Spending:
+    """What a searcher has used of its budget: open questions at their price, answered ones at what was paid."""
+
+    budget: float
+    spent: float = 0.0
+
+    def ask(self, query: Query) -> None:
+        """Reserve the price of a question."""
+        self.spent += query.cost
+
+    def tell(self, trial: Trial) -> None:
+        """Get back what was not needed."""
+        self.spent += trial.paid - trial.query.cost
+
+    @property
+    def at_last(self) -> bool:
+        """Whether one more full evaluation fits into the budget and not two; beyond it, into a further one."""
+        left = self.budget - self.spent % self.budget
+        return 1 - 1e-9 <= left < 2 - 1e-9
 
 
 @runtime_checkable
 class Searcher(Protocol):
-    """Ask for a query (None: the searcher has no further question), then tell its trial."""
+    """Ask for a query (None: the searcher has no further question), then tell its trial.
+
+    ``concurrent``: whether it may be asked again before earlier questions are answered; if not, the caller waits.
+    """
+
+    concurrent: ClassVar[bool]
 
     def ask(self) -> Query | None:
         """The next question."""
         ...
 
     def tell(self, trial: Trial) -> None:
-        """Its answer; called once per `ask`, in order."""
+        """The answer to the open question ``trial.query``; called once per `ask`."""
         ...
 
 

@@ -87,7 +87,7 @@ def quadratic(
     features[:, 0] = np.linspace(-np.sqrt(3), np.sqrt(3), size) if size > 1 else 0.0  # depth
     shared = features @ rng.dirichlet(np.ones(4)) ** 0.5
     offsets = np.sqrt(structure) * shared + np.sqrt(1 - structure) * rng.standard_normal(size)
-    low, high = np.full(size, bounds[0]), np.full(size, bounds[1])
+    low, high = np.full(size, float(bounds[0])), np.full(size, float(bounds[1]))
     optimum = np.clip(centre + spread * offsets, low + 0.05, high - 0.05)
     curvature = np.exp(0.5 * rng.standard_normal(size))
     curvature /= curvature @ (np.full(size, start) - optimum) ** 2
@@ -97,15 +97,14 @@ def quadratic(
     return Quadratic(problem, optimum, curvature, shifts - shifts.mean(axis=0), noise)
 
 
-def run(searcher: Searcher, evaluate: Evaluate, budget: float) -> list[Trial]:
-    """The caller's loop: ask and tell until the next question costs more than is left of the budget."""
-    trials: list[Trial] = []
-    left = budget + 1e-9
-    while (query := searcher.ask()) is not None and query.cost <= left:
-        trials.append(evaluate(query))
-        searcher.tell(trials[-1])
-        left -= query.cost
-    return trials
+def run(searcher: Searcher, evaluate: Evaluate, budget: float, *, open_at_once: int = 1) -> list[Trial]:
+    """The caller's loop: ask and tell until the next question costs more than is left of the budget.
+
+    With ``open_at_once`` questions in the air, any of them is answered next. Trials in the order told.
+    """
+    return [
+        event for event in _converse(searcher, evaluate, budget, open_at_once) if isinstance(event, Trial)
+    ]
 
 
 def best(trials: Iterable[Trial]) -> Trial:
@@ -117,20 +116,49 @@ def check_searcher(factory: SearcherFactory, *, stochastic: bool = True, evaluat
     """Raise AssertionError for the first rule that searchers made by ``factory`` break.
 
     ``stochastic``: different seeds should ask different things. ``evaluations``: the budget within which the
-    searcher should find something better than the start.
+    searcher should find something better than the start. One that is ``concurrent`` is asked up to four questions at
+    once, too.
     """
-    for size in (1, 6, 40):
-        _check_scores(factory, quadratic(size, budget=12))
-        _check_failures(factory, quadratic(size, budget=12))
-    _check_pinned(factory)
     test = quadratic(6, budget=24)
-    _check_inputs_kept(factory, test)
-    _check_repeatable(factory, test)
+    concurrent = factory(test.problem, 0).concurrent
+    _require(isinstance(concurrent, bool), "A searcher says whether it is `concurrent`, True or False.")
+    still, movable = (_pinned(quadratic(5, budget=12), pinned) for pinned in (range(5), [2]))
+    for problem in (*(quadratic(size, budget=12) for size in (1, 6, 40)), still, movable):
+        _check_answers(factory, 1, problem)
+    _check_repeatable(factory, test, 1)
+    if concurrent:
+        for problem in (quadratic(6, budget=12), still):
+            _check_answers(factory, 4, problem)
+        _check_repeatable(factory, test, 4)
+    _check_inputs_kept(factory, quadratic(6, budget=24))
     if stochastic:
         first, second = (run(factory(test.problem, seed), test.evaluate, 24) for seed in (0, 1))
         _require(_asked(first) != _asked(second), "Different seeds must ask different questions.")
     for size in (1, 3):
         _check_improves(factory, quadratic(size, seed=3, budget=evaluations), evaluations)
+
+
+def _converse(
+    searcher: Searcher, evaluate: Evaluate, budget: float, open_at_once: int
+) -> list[Query | Trial]:
+    """Questions asked and trials told, in that order; answers come in a random one that is always the same."""
+    events, waiting = list[Query | Trial](), list[Query]()
+    rng, left, asking = np.random.default_rng(0), budget + 1e-9, True
+    while asking or waiting:
+        query = searcher.ask() if asking and len(waiting) < open_at_once else None
+        if query is not None and query.cost <= left:
+            left -= query.cost
+            events.append(query)
+            waiting.append(query)
+        elif waiting:
+            asking = asking and len(waiting) == open_at_once
+            trial = evaluate(waiting.pop(int(rng.integers(len(waiting)))))
+            left += trial.query.cost - trial.paid
+            events.append(trial)
+            searcher.tell(trial)
+        else:
+            break
+    return events
 
 
 def _require(holds: bool, rule: str) -> None:
@@ -153,34 +181,39 @@ def _check_point(query: Query, problem: Problem) -> None:
     _require(0 <= i < n <= problem.parts, f"Parts are (i, n), i < n <= {problem.parts}, but got {(i, n)}.")
 
 
-def _checked(test: Quadratic, failing: Iterator[bool], query: Query) -> Trial:
-    """An evaluator that is strict about questions and fails where ``failing`` says so."""
+def _pinned(test: Quadratic, pinned: Sequence[int]) -> Quadratic:
+    """The bounds of some coordinates coincide: they must stay where they are. With all of them, questions repeat."""
+    low, high, start = test.problem.low.copy(), test.problem.high.copy(), test.problem.start.copy()
+    low[pinned] = high[pinned] = start[pinned] = 0.25
+    return replace(test, problem=replace(test.problem, low=low, high=high, start=start))
+
+
+def _answer(test: Quadratic, kinds: Iterator[str], query: Query) -> Trial:
+    """An evaluator that is strict about questions; its next answer is "full", "failed" or "estimated"."""
     _check_point(query, test.problem)
-    return Trial(query, None) if next(failing) else test.evaluate(query)
+    kind = next(kinds)
+    if kind == "failed":
+        return Trial(query, None)
+    if kind == "estimated" and query.part is None and not query.gradient:
+        return replace(test.evaluate(query), cost=query.cost / 4, estimated=True)
+    return test.evaluate(query)
 
 
-def _check_scores(factory: SearcherFactory, test: Quadratic) -> None:
-    evaluate = partial(_checked, test, repeat(False))
-    trials = run(factory(test.problem, 0), evaluate, test.problem.budget)
+def _check_answers(factory: SearcherFactory, open_at_once: int, test: Quadratic) -> None:
+    """All scored; then all failed, every third, only the first; then every other one estimated, all of them."""
+    budget = test.problem.budget
+    evaluate = partial(_answer, test, repeat("full"))
+    trials = run(factory(test.problem, 0), evaluate, budget, open_at_once=open_at_once)
     _require(bool(trials), "The first question must come, and within the budget.")
     _require(any(t.full for t in trials), "Some question must be about all search data, or no trial counts.")
-
-
-def _check_failures(factory: SearcherFactory, test: Quadratic) -> None:
-    """All trials fail, every third one, or only the first."""
-    for pattern in (repeat(True), cycle([False, True, False]), chain([True], repeat(False))):
-        run(factory(test.problem, 0), partial(_checked, test, pattern), test.problem.budget)
-
-
-def _check_pinned(factory: SearcherFactory) -> None:
-    """A coordinate whose bounds coincide stays where it is, be it one or all."""
-    test = quadratic(5, budget=12)
-    for pinned in ([2], [0, 1, 2, 3, 4]):
-        low, high, start = test.problem.low.copy(), test.problem.high.copy(), test.problem.start.copy()
-        low[pinned] = high[pinned] = start[pinned] = 0.25
-        problem = replace(test.problem, low=low, high=high, start=start)
-        evaluate = partial(_checked, replace(test, problem=problem), repeat(False))
-        run(factory(problem, 0), evaluate, problem.budget)
+    for kinds in (
+        repeat("failed"),
+        cycle(["full", "failed", "full"]),
+        chain(["failed"], repeat("full")),
+        cycle(["full", "estimated"]),
+        repeat("estimated"),
+    ):
+        run(factory(test.problem, 0), partial(_answer, test, kinds), budget, open_at_once=open_at_once)
 
 
 def _check_inputs_kept(factory: SearcherFactory, test: Quadratic) -> None:
@@ -200,19 +233,30 @@ def _check_inputs_kept(factory: SearcherFactory, test: Quadratic) -> None:
     _require(all(a == b for a, b in told), "Trials must not be changed.")
 
 
-def _check_repeatable(factory: SearcherFactory, test: Quadratic) -> None:
-    """The same again in a new instance, and from recorded trials at any point of the run."""
-    budget = test.problem.budget
-    trials = run(factory(test.problem, 0), test.evaluate, budget)
-    again = run(factory(test.problem, 0), test.evaluate, budget)
-    _require(_asked(trials) == _asked(again), "Same problem, seed and answers must give the same questions.")
-    for length in sorted({1, len(trials) // 3, len(trials) // 2, len(trials) - 1}):
+def _check_repeatable(factory: SearcherFactory, test: Quadratic, open_at_once: int) -> None:
+    """The same again in a new instance, and from recorded events at any point of the run."""
+    kinds = ("full", "failed", "full", "estimated", "full")
+
+    def events() -> list[Query | Trial]:
+        evaluate = partial(_answer, test, cycle(kinds))
+        return _converse(factory(test.problem, 0), evaluate, test.problem.budget, open_at_once)
+
+    recorded = events()
+    _require(recorded == events(), "Same problem, seed and answers must give the same questions.")
+    asked = [k for k, event in enumerate(recorded) if isinstance(event, Query)]
+    for length in sorted({asked[len(asked) * i // 4] for i in (1, 2, 3)} | {asked[-1]}):
         searcher = factory(test.problem, 0)
-        for trial in trials[:length]:
-            searcher.ask()
-            searcher.tell(trial)
-        rule = f"Resumed from {length} recorded trials, it must ask what the uninterrupted run asked."
-        _require(length >= len(trials) or searcher.ask() == trials[length].query, rule)
+        for event in recorded[:length]:
+            _replay(searcher, event)
+        rule = f"Resumed from {length} recorded events, it must ask what the uninterrupted run asked."
+        _require(searcher.ask() == recorded[length], rule)
+
+
+def _replay(searcher: Searcher, event: Query | Trial) -> None:
+    if isinstance(event, Trial):
+        searcher.tell(event)
+    else:
+        searcher.ask()
 
 
 def _check_improves(factory: SearcherFactory, test: Quadratic, evaluations: int) -> None:

@@ -15,14 +15,16 @@ quarter of the iterates (which averages the minibatch noise away) and the last i
 the step length and goes back to the last point that worked; a full score in the middle that is worse than
 the start's goes back there.
 
-The budget is a horizon: it holds one round of steps, or up to three when it is large, the second and third
-from all ones (the fine-tuned model) and all zeros (the base). A caller who goes on asking after it gets
-further rounds, from the best point known. The seed is not used.
+The budget holds one round of steps, or up to three when it is large, the second and third from all ones (the
+fine-tuned model) and all zeros (the base). With what is left of it, and for a caller who goes on asking after it, there
+are further rounds from the best point known, until one gains less than a hundredth of what was gained so far: then
+it has no further question. The seed is not used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import ClassVar
 
 import numpy as np
 
@@ -37,6 +39,9 @@ SHORT_WALK, LARGEST_RATE = 1.0, 0.25  # with few steps each is longer, so that t
 MOST_PARTS = 8  # n
 GRADIENT_COST = Query((), gradient=True).cost
 ROUND = 70  # steps that a start of its own is worth
+LONGEST = 100  # steps of a round: longer ones gained nothing on any test problem
+SHORTEST = 4.0  # full evaluations that are worth a round
+LEAST_GAIN = 0.01  # of a further round, as a share of all gains
 OTHER_STARTS = (1.0, 0.0)
 TAIL = 0.25  # share of the iterates that are averaged
 RECOVERY = 1.2  # growth of a halved step with every success, up to what it was
@@ -49,34 +54,55 @@ Dialogue = Generator[Query, Trial, None]
 class GradientSearcher:
     """The rounds as one conversation: each ``yield`` asks a query and receives its trial."""
 
+    concurrent: ClassVar[bool] = False
+
     def __init__(self, problem: Problem, seed: int) -> None:
         self._problem = problem
         self._parts = max(1, min(problem.parts, MOST_PARTS))
+        self._spent = 0.0
         self._best: tuple[float, Array] | None = None  # among full scores
+        self._first: float | None = None  # reward of all
         self._turn = 0  # of the parts
         self._dialogue = self._rounds()
-        self._query = next(self._dialogue)
+        self._query: Query | None = next(self._dialogue)
 
-    def ask(self) -> Query:
-        """The next gradient or full score; the same one again until it is told."""
+    def ask(self) -> Query | None:
+        """The next gradient or full score, the same one again until it is told; None after a round without gain."""
         return self._query
 
     def tell(self, trial: Trial) -> None:
         """Carry on with the answer."""
-        self._query = self._dialogue.send(trial)
+        self._spent += trial.paid
+        if self._first is None:
+            self._first = trial.reward
+        try:
+            self._query = self._dialogue.send(trial)
+        except StopIteration:
+            self._query = None
 
     # ------------------------------------------------------------------ the conversation
 
     def _rounds(self) -> Dialogue:
-        """Rounds without end: the planned starts share the budget, later rounds refine the best point."""
+        """The planned starts share the budget; later rounds refine the best point while that gains something."""
         problem = self._problem
         count = int(np.clip(self._plan(problem.budget)[0] // ROUND, 1, 1 + len(OTHER_STARTS)))
-        units = problem.budget / count
+        longest = max(FULL_SCORES) + LONGEST * GRADIENT_COST / self._parts
+        units = min(problem.budget / count, longest)
         others = [np.full(len(problem.names), value) for value in OTHER_STARTS]
         for start in [problem.start, *others][:count]:
             yield from self._round(start, units, RATE)
         while True:
-            yield from self._round(self._known(problem.start), units, RATE / 2)
+            before, left = self._best, problem.budget - self._spent
+            start = problem.start if before is None else before[1]
+            yield from self._round(start, min(units, left) if left >= SHORTEST else units, RATE / 2)
+            if before is not None and not self._gained(before[0]):
+                return
+
+    def _gained(self, before: float) -> bool:
+        """Whether the best full score rose noticeably above ``before``."""
+        best = before if self._best is None else self._best[0]
+        all_gains = best - (before if self._first is None else self._first)
+        return best - before >= LEAST_GAIN * abs(all_gains) and best > before
 
     def _round(self, start: Array, units: float, rate: float) -> Dialogue:
         """Steps from ``start``, then full scores; costs at most ``units`` full evaluations."""
@@ -118,9 +144,6 @@ class GradientSearcher:
         reward = yield from self._score(v)
         return before is not None and (reward is None or reward < before)
 
-    def _known(self, otherwise: Array) -> Array:
-        return otherwise if self._best is None else self._best[1]
-
     def _slope(self, v: Array) -> Generator[Query, Trial, Trial]:
         """Gradient on the next part of the data; on all of it if it has no parts."""
         part = (self._turn % self._parts, self._parts) if self._parts > 1 else None
@@ -128,9 +151,9 @@ class GradientSearcher:
         return (yield Query(self._problem.clip(v), gradient=True, part=part))
 
     def _score(self, v: Array) -> Generator[Query, Trial, float | None]:
-        """Full score, remembered if it is the best."""
+        """Full score, remembered if it is the best and no estimate."""
         trial = yield Query(self._problem.clip(v))
-        if trial.reward is not None and (self._best is None or trial.reward > self._best[0]):
+        if trial.full and trial.reward is not None and (self._best is None or trial.reward > self._best[0]):
             self._best = (trial.reward, v)
         return trial.reward
 

@@ -9,6 +9,8 @@ told.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from arma_mergekit.search.base import Problem, Query, Trial
@@ -20,6 +22,8 @@ LARGEST = 11  # steps of 0.1
 
 class GridSearcher:
     """The diagonal from 0 to 1, then no further question."""
+
+    concurrent: ClassVar[bool] = True
 
     def __init__(self, problem: Problem, seed: int) -> None:
         self._problem = problem

@@ -28,7 +28,8 @@ clipped,
 
 both divided by the policy's Fisher information, 1 / s^2 and 2 K (natural gradient), so that a step has the
 size of s whatever the reward's units. Actions come in pairs, +e and -e: half the noise. The floor under log
-s is a floor under the entropy, K log s + const. A failed trial teaches nothing and is skipped.
+s is a floor under the entropy, K log s + const. A failed trial teaches nothing and is skipped. Answers may come
+in any order: each is weighed by the policy that asked.
 
 It suits 20 to 200 evaluations. The last question of a budget is the squashed mean itself, unless the caller
 goes on. Constants were chosen on synthetic quadratics only: benchmarks/rl_synthetic.py.
@@ -36,10 +37,12 @@ goes on. Constants were chosen on synthetic quadratics only: benchmarks/rl_synth
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from collections import defaultdict, deque
+from typing import ClassVar
 
-from arma_mergekit.search.base import Array, Problem, Query, Trial
+import numpy as np
+
+from arma_mergekit.search.base import Array, Problem, Query, Spending, Trial
 
 __all__ = ["PolicySearcher"]
 
@@ -57,43 +60,51 @@ NEAREST_EDGE = 0.9  # half ranges: a start nearer to a bound is moved in, for ta
 class PolicySearcher:
     """Samples from the policy, learns from what it is told; it never runs out of questions."""
 
+    concurrent: ClassVar[bool] = True
+
     def __init__(self, problem: Problem, seed: int) -> None:
         self._problem = problem
         self._rng = np.random.default_rng(seed)
         self._mid, self._half = (problem.high + problem.low) / 2, (problem.high - problem.low) / 2
         self._free = self._half > 0
-        self._horizon = max(2, int(problem.budget))
-        self._asked = 0
+        self._spending = Spending(max(2.0, problem.budget))
+        self._started = False
         self._mirror: Array | None = None  # noise of the last action, to be asked about with the other sign
-        self._batch: list[tuple[Array, float]] = []  # actions before squashing, rewards
+        self._open: defaultdict[Query, deque[tuple[Array, Array]]] = defaultdict(deque)  # x, its log density
+        self._batch: list[tuple[Array, Array, float]] = []  # the same with rewards
         self._moments: tuple[float, float] | None = None  # running mean and variance of rewards
         size = len(problem.names)
         self._f = np.column_stack([problem.features.reshape(size, -1), np.ones(size)])
         self._W = self._rng.standard_normal((self._f.shape[1], HIDDEN)) / np.sqrt(self._f.shape[1])
         self._w = np.zeros(HIDDEN)
-        away = self._away(problem.start, NEAREST_EDGE)
+        away = (problem.start - self._mid) / np.where(self._free, self._half, 1)
+        away = np.clip(away, -NEAREST_EDGE, NEAREST_EDGE)
         self._c = 1 / (1 - away**2)
         self._b = np.arctanh(away) / self._c
         self._log_s = float(np.log(STD_START))
 
     def ask(self) -> Query:
         """The start; then actions of the policy; at the end of the budget, its mean."""
-        self._asked += 1
-        if self._asked == 1:
-            return Query(self._problem.clip(self._problem.start))
-        if self._asked % self._horizon == 0:
-            return Query(self._squash(self._mean()))
-        return Query(self._squash(self._mean() + np.exp(self._log_s) * self._noise()))
+        x = self._mean()
+        if self._started and not self._spending.at_last:
+            x = x + np.exp(self._log_s) * self._noise()
+        query = Query(self._squash(x) if self._started else self._problem.clip(self._problem.start))
+        self._started = True
+        self._spending.ask(query)
+        self._open[query].append((x, self._log_density(x)))
+        return query
 
     def tell(self, trial: Trial) -> None:
-        """Keep it for the batch; learn when the batch is full and its last pair complete."""
+        """Keep it for the batch; learn when the batch is full and its last pair complete, or one more has come."""
+        self._spending.tell(trial)
+        action = self._open[trial.query].popleft()
         if trial.reward is None:
             return
-        self._batch.append((self._unsquash(trial.query.values), trial.reward))
-        if len(self._batch) >= BATCH and self._mirror is None:
-            actions, rewards = (np.array(column) for column in zip(*self._batch, strict=True))
+        self._batch.append((*action, trial.reward))
+        if len(self._batch) >= BATCH + (self._mirror is not None):
+            x, sampled, rewards = (np.array(column) for column in zip(*self._batch, strict=True))
             self._batch = []
-            self._learn(actions, self._advantages(rewards))
+            self._learn(x, sampled, self._advantages(rewards))
 
     # ------------------------------------------------------------------ the policy
 
@@ -113,16 +124,6 @@ class PolicySearcher:
     def _squash(self, x: Array) -> tuple[float, ...]:
         return self._problem.clip(self._mid + self._half * np.tanh(self._c * x))
 
-    def _unsquash(self, values: npt.ArrayLike) -> Array:
-        """x (K,) of values (K,)."""
-        x: Array = np.arctanh(self._away(values, 1 - 1e-9)) / self._c
-        return x
-
-    def _away(self, values: npt.ArrayLike, edge: float) -> Array:
-        """Distance from the middle (K,) in half ranges, at most ``edge``."""
-        away = (np.asarray(values) - self._mid) / np.where(self._free, self._half, 1)
-        return np.clip(away, -edge, edge)
-
     # ------------------------------------------------------------------ learning
 
     def _advantages(self, rewards: Array) -> Array:
@@ -136,9 +137,8 @@ class PolicySearcher:
         limited: Array = np.clip(standardised, -LARGEST_ADVANTAGE, LARGEST_ADVANTAGE)
         return limited
 
-    def _learn(self, x: Array, advantage: Array) -> None:
-        """The epochs over one batch: ``x`` (B, K), ``advantage`` (B,)."""
-        sampled = self._log_density(x)
+    def _learn(self, x: Array, sampled: Array, advantage: Array) -> None:
+        """The epochs over one batch: ``x`` and its log density when ``sampled`` (B, K), ``advantage`` (B,)."""
         for _ in range(EPOCHS):
             s, noise = np.exp(self._log_s), (x - self._mean()) / np.exp(self._log_s)
             r = np.exp(np.clip(self._log_density(x) - sampled, -20, 20))
