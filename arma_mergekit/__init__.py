@@ -5,4 +5,4 @@ Importing the package is cheap: no torch, no transformers, no mergekit.
 
 __all__ = ["__version__"]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""What a tuning run leaves behind: tuned.yml, stock.yml, one-knob.yml and summary.json, whole or not at all."""
+"""What a tuning run leaves behind: recipes, summary.json and report.html, whole or not at all; study.log for Optuna."""
 
 from __future__ import annotations
 
@@ -10,36 +10,57 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from arma_mergekit import __version__
+from arma_mergekit import __version__, report
 from arma_mergekit.checkpoint import open_model
 from arma_mergekit.errors import RunError
 from arma_mergekit.export import stock_recipe, tuned_recipe
 from arma_mergekit.recipe import Recipe
 from arma_mergekit.roles import roles
+from arma_mergekit.search.bayes import write_studies
 
 if TYPE_CHECKING:
-    from arma_mergekit.tune import Candidate, Result
+    from arma_mergekit.tune import Candidate, Result, Tuner
+    from arma_mergekit.verdict import Difference
 
-__all__ = ["merge_command", "summary", "write_results"]
+__all__ = ["merge_command", "summary", "write_best", "write_results"]
 
 
-def write_results(recipe: Recipe, result: Result, out: Path) -> dict[str, Any]:
-    """Write the run's files into ``out`` and return the summary."""
+def write_results(tuner: Tuner, result: Result, out: Path, command: str = "") -> dict[str, Any]:
+    """Write the run's files into ``out`` and return the summary. ``command``: the line that made the run."""
+    recipe = tuner.recipe
+    recipes = {"tuned.yml": result.best, "one-knob.yml": result.rival}
+    recipes |= {f"tuned-{name.replace(' ', '-')}.yml": pick for name, pick in result.picks.items()}
+    texts = {name: recipe_text(recipe, candidate, out / name) for name, candidate in recipes.items()}
+    texts["stock.yml"] = recipe_text(recipe, result.best, out / "stock.yml", stock=True)
+    whole = summary(tuner, result) | {
+        "command": command,
+        "next": merge_command(recipe, out / "tuned.yml"),
+        "fingerprint": tuner.journal["fingerprint"],
+    }
+    texts["summary.json"] = json.dumps(whole, indent=2) + "\n"
+    texts["report.html"] = report.render(whole, tuner.journal.records())
+    write_whole(out, texts)
+    if studies := tuner.studies():
+        write_studies(out / "study.log", studies)
+    return whole
+
+
+def write_best(recipe: Recipe, best: Candidate, out: Path) -> Path:
+    """Only tuned.yml, of a run that was interrupted; returns its path."""
+    write_whole(out, {"tuned.yml": recipe_text(recipe, best, out / "tuned.yml")})
+    return out / "tuned.yml"
+
+
+def recipe_text(recipe: Recipe, candidate: Candidate, path: Path, stock: bool = False) -> str:
+    """A recipe that merges this candidate; ``stock``: for a mergekit without this package."""
     base = open_model(recipe.base_model)
     placed = roles(base.tensors, base.config)
-    whole = summary(recipe, result)
-    best, rival = result.best, result.rival
-    recipes = {
-        "tuned.yml": (best, tuned_recipe(recipe.raw, placed, best.alphas)),
-        "stock.yml": (best, stock_recipe(recipe.raw, placed, dict.fromkeys(base.tensors, 0.0) | best.alphas)),
-        "one-knob.yml": (rival, tuned_recipe(recipe.raw, placed, rival.alphas)),
-    }
-    texts = {}
-    for name, (candidate, made) in recipes.items():
-        head = f"# {merge_command(recipe, out / name)}\n# {candidate.name}: arma-tune {__version__}, see summary.json\n"
-        texts[name] = head + to_yaml(made)
-    write_whole(out, {**texts, "summary.json": json.dumps(whole, indent=2) + "\n"})
-    return whole
+    if stock:
+        made = stock_recipe(recipe.raw, placed, dict.fromkeys(base.tensors, 0.0) | candidate.alphas)
+    else:
+        made = tuned_recipe(recipe.raw, placed, candidate.alphas)
+    head = f"# {merge_command(recipe, path)}\n# {candidate.name}: arma-tune {__version__}, see summary.json\n"
+    return head + to_yaml(made)
 
 
 def merge_command(recipe: Recipe, path: Path) -> str:
@@ -48,43 +69,69 @@ def merge_command(recipe: Recipe, path: Path) -> str:
     return f"mergekit-yaml {path} merged/" + (" --lora-merge-cache lora-cache/" if adapters else "")
 
 
-def summary(recipe: Recipe, result: Result) -> dict[str, Any]:
+def summary(tuner: Tuner, result: Result) -> dict[str, Any]:
     """The result as JSON: scores with standard errors, shares kept, alphas, verdicts, cost."""
+    recipe, scale = tuner.recipe, result.scale
+    watched = [key for key, task in tuner.about.tasks.items() if task.watch]
     return {
         "version": __version__,
         "recipe": str(recipe.path),
         "best": result.best.name,
         "rival": result.rival.name,
         "feasible": result.best.feasible,
+        "objective": recipe.tune.objective.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
+        "keep": dict(scale.keep),
+        "holdout": recipe.tune.holdout,
+        "seeds": list(recipe.tune.seeds),
         "candidates": [candidate_summary(c, result.shares[c.name]) for c in result.candidates],
+        "picks": {name: pick.name for name, pick in result.picks.items()},
         "separation": [vars(s) for s in result.separation],
+        "steering": scale.steering,
+        "watched": watched,
         "verdicts": [
             {
                 "name": v.name,
                 "rival": v.rival,
                 "dominates": v.dominates,
                 "sentence": v.sentence,
-                "suites": {s: {"mean": d.mean, "stderr": d.stderr} for s, d in v.suites.items()},
+                "suites": {s: vars(d) for s, d in v.suites.items()},
             }
             for v in result.verdicts
         ],
-        "forward_tokens": result.tokens,
-        "seconds": round(result.seconds, 1),
+        "curve": [
+            {"alpha": r["values"][0], "shares": r["shares"], "reward": r["reward"]}
+            for r in result.curve
+            if r["reward"] is not None
+        ],
+        "divergence": {
+            "metric": "js",
+            "pairs": {f"{n} against base": by_layer(h) for n, h in result.heads.items() if h},
+        },
+        "ledger": [vars(phase) for phase in result.ledger],
+        "forward_tokens": sum(phase.forward_tokens for phase in result.ledger),
+        "seconds": round(sum(phase.seconds for phase in result.ledger), 1),
     }
 
 
-def candidate_summary(candidate: Candidate, shares: Mapping[str, float]) -> dict[str, Any]:
+def by_layer(heads: Mapping[int, list[float]]) -> list[list[float]]:
+    """Rows of all depths from the first; an empty one where there is no softmax attention."""
+    return [heads.get(depth, []) for depth in range(max(heads) + 1)]
+
+
+def candidate_summary(candidate: Candidate, shares: Mapping[str, Difference]) -> dict[str, Any]:
     """One candidate as JSON."""
     return {
         "name": candidate.name,
         "search_reward": candidate.reward,
+        "search_share": dict(candidate.searched),
         "feasible": candidate.feasible,
         "evaluations": candidate.evaluations,
         "held_back": {
             key: {"score": m.score, "stderr": m.stderr, "loss": m.mean_loss, "items": len(m.ids)}
             for key, m in candidate.held.items()
         },
-        "share_kept": dict(shares),
+        "share_kept": {suite: d.mean for suite, d in shares.items()},
+        "share_stderr": {suite: d.stderr for suite, d in shares.items()},
         "alphas": candidate.alphas,
     }
 

@@ -21,12 +21,15 @@ Words for `groups` (attention) and `rest` (everything else):
 `groups: everything` is one value for attention and rest together, the knob of WiSE-FT (arXiv 2109.01903).
 `rest` may also be `base` (alpha 0), `finetuned` (alpha 1) or a number: not searched. Tensors outside the layers
 (embeddings, head, final norm) form one group of their own under `block`, `layer` and `tensor`.
+
+`limits` gives values bounds of their own by name or pattern, one number freezes them; `tie` makes several values one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -118,8 +121,52 @@ def make_space(
     groups: str | float,
     rest: str | float,
     bounds: tuple[float, float] = (-1.0, 2.5),
+    limits: Mapping[str, tuple[float, float]] | None = None,
+    tie: Sequence[Sequence[str]] = (),
 ) -> Space:
-    """Build the space over ``roles`` (tensor name to role); RecipeError for unknown words or an empty space."""
+    """Build the space over ``roles`` (tensor name to role); RecipeError for unknown words or an empty space.
+
+    ``limits``: name or pattern of values to (low, high), in the order they apply; ``tie``: names or patterns of values
+    that are to be one value.
+    """
+    space = _grouping(roles, groups, rest, bounds)
+    for patterns in tie:
+        space = _tied(space, sorted({k for pattern in patterns for k in _columns(space, pattern)}))
+    for pattern, pair in (limits or {}).items():
+        space = _limited(space, _columns(space, pattern), pair)
+    return space
+
+
+def _columns(space: Space, pattern: str) -> list[int]:
+    found = [k for k, name in enumerate(space.names) if fnmatchcase(name, pattern)]
+    if not found:
+        raise RecipeError(unknown("group of this search space", pattern, space.names))
+    return found
+
+
+def _tied(space: Space, columns: Sequence[int]) -> Space:
+    """One value, named like the first, in place of several."""
+    if any(start <= k < start + len(PROFILE) for k in columns for start, _, _ in space.profiles):
+        raise RecipeError("The values of a `kernel` profile cannot be tied.")
+    first, others = columns[0], list(columns[1:])
+    matrix = space.matrix.copy()
+    matrix[:, first] = space.matrix[:, columns].sum(1)
+    names = tuple(name for k, name in enumerate(space.names) if k not in others)
+    moved = tuple((start - sum(k < start for k in others), rows, x) for start, rows, x in space.profiles)
+    low, high = np.delete(space.low, others), np.delete(space.high, others)
+    return Space(space.tensors, names, low, high, np.delete(matrix, others, 1), space.constant, moved)
+
+
+def _limited(space: Space, columns: Sequence[int], pair: tuple[float, float]) -> Space:
+    low, high = space.low.copy(), space.high.copy()
+    low[columns], high[columns] = pair
+    return replace(space, low=low, high=high)
+
+
+def _grouping(
+    roles: Mapping[str, Role], groups: str | float, rest: str | float, bounds: tuple[float, float]
+) -> Space:
+    """The space of two words."""
     if groups == "everything":
         return _assemble(tuple(roles), [("everything", list(roles))], {}, [], bounds)
     attention = [t for t, r in roles.items() if r.attention]

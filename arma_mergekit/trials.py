@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,9 @@ class Journal:
     def __contains__(self, key: str) -> bool:
         return key in self._records
 
+    def __getitem__(self, key: str) -> Record:
+        return self._records[key]
+
     def close(self) -> None:
         """Give the run directory back."""
         self._file.close()
@@ -69,6 +73,11 @@ class Journal:
     def records(self) -> list[Record]:
         """All records in the order they were written, without the fingerprint."""
         return [record for key, record in self._records.items() if key != "fingerprint"]
+
+    def under(self, prefix: str) -> dict[int, Record]:
+        """Records of `prefix/0`, `prefix/1`, ... by number, in the order they were written."""
+        pairs = ((key.rpartition("/"), record) for key, record in self._records.items())
+        return {int(end): record for (start, _, end), record in pairs if start == prefix and end.isdigit()}
 
     def append(self, key: str, record: Record) -> None:
         """Write one record and wait until it is on disk."""
@@ -119,7 +128,14 @@ class Journal:
         now = json.loads(json.dumps(dict(fingerprint)))
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
         if changed:
-            what = "; ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in changed)
+            told = [f"{k} was {said(before.get(k))} and is {said(now.get(k))}" for k in changed[:3]]
+            more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
             raise RunError(
-                f"{self.path.parent} holds another run: {what}. Give another --out, or restore the recipe."
+                f"{self.path.parent} holds another run: {'; '.join(told)}{more}. Give another --out, or restore what "
+                "changed."
             )
+
+
+def said(value: Any) -> str:
+    """A fact of a fingerprint in a sentence."""
+    return "absent" if value is None else reprlib.repr(value)

@@ -1,12 +1,12 @@
 """A tuning run: ends, one-knob averaging, arms, verdict; every step in the journal before the next begins.
 
-    recipe -> suites + live model -> scorer
-    base, fine-tuned                       the scale (and which tasks can tell them apart)
-    one knob                               averaging of everything, and of attention only: the rivals to beat
-    each arm (searcher, seed)              ask -> score -> journal -> tell, until its budget is spent
-    held-back items                        the best of each arm once, beside base, fine-tuned and one knob
+    base, fine-tuned     the scale (and which tasks can tell them apart)
+    one knob             averaging of everything, and of attention only: the rivals to beat
+    each arm             ask -> score -> journal -> tell, until its budget is spent (arms.py)
+    held-back items      the best of each arm once, beside base, fine-tuned and one knob
 
-It cannot tell one searcher from another. Budgets are equal: cost is counted in forward tokens, a backward pass double.
+It knows recipes, jobs and scores; it cannot tell one searcher from another, nor one engine from another. Budgets are
+equal: cost is counted in forward tokens, a backward pass double. Every arm starts at the best alpha for everything.
 Killed and started again with the same recipe, a run asks the same questions, finds the answers in its journal and goes
 on.
 """
@@ -15,62 +15,49 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from arma_mergekit import __version__
-from arma_mergekit.errors import DataError, RunError
-from arma_mergekit.evals import make_suites
-from arma_mergekit.evals.base import Measured
-from arma_mergekit.live import LiveModel
-from arma_mergekit.load import Loaded, load_live, load_tokenizer
-from arma_mergekit.objective import Reward
-from arma_mergekit.plan import Plan, plan
+from arma_mergekit.arms import DECIMALS, Arm, Listed, Running
+from arma_mergekit.engines import Engine
+from arma_mergekit.errors import RecipeError, RunError
+from arma_mergekit.evals import REGULARIZER
+from arma_mergekit.evals.base import Measured, Split
+from arma_mergekit.objective import emphases, front
 from arma_mergekit.recipe import Recipe
 from arma_mergekit.roles import roles
-from arma_mergekit.scoring import DECIMALS, Scored, Scorer, Separation
-from arma_mergekit.search import make_searcher
-from arma_mergekit.search.base import Problem, Query, Trial
+from arma_mergekit.scoring import Scale, Scores, Separation, suite_of
+from arma_mergekit.search import WITH_GRADIENTS, make_searcher
+from arma_mergekit.search.base import Problem, Trial
 from arma_mergekit.space import Space, make_space
 from arma_mergekit.trials import Journal
-from arma_mergekit.verdict import Verdict, compare, suite_shares
+from arma_mergekit.verdict import Difference, Verdict, compare, kept
+from arma_mergekit.worker import Done, Job
 
-__all__ = ["Arm", "Candidate", "Result", "Tuner"]
+__all__ = ["Candidate", "Phase", "Result", "Tuner"]
 
 Array = npt.NDArray[np.float64]
 Progress = Callable[[str, Mapping[str, Any]], None]
+Record = dict[str, Any]
 
-START = 0.75
+START = 0.75  # where no single alpha could be scored
 KNOB = tuple(round(0.1 * k, 1) for k in range(1, 10))
 ATTENTION_KNOB = (0.0, 0.2, 0.4, 0.6, 0.8)
+EVERYTHING, ATTENTION = "one knob, everything", "one knob, attention"
 DERIVATIVE_FREE = {"groups": "kind", "rest": "kind", "bounds": (-0.5, 1.5)}
 DERIVATIVE = {"groups": "tensor", "rest": "tensor", "bounds": (-1.0, 2.5)}
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One searcher with one seed."""
-
-    searcher: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """`bayes`, or `bayes seed 1`."""
-        return self.searcher if self.seed == 0 else f"{self.searcher} seed {self.seed}"
+SAFE = 0.5  # least share of every suite in a pick of the front
 
 
 @dataclass
 class Candidate:
     """A merge that was found: its alphas by checkpoint tensor, its search reward, and its held-back scores.
 
-    ``reward`` is None when every trial failed.
+    ``reward`` is None when every trial failed. ``searched``: share of each suite on search items.
     """
 
     name: str
@@ -78,7 +65,8 @@ class Candidate:
     reward: float | None
     feasible: bool = True
     evaluations: float = 0.0
-    held: dict[str, Measured] = field(default_factory=dict)
+    searched: Mapping[str, float] = field(default_factory=dict)
+    held: Scores = field(default_factory=dict)
 
     @property
     def rank(self) -> tuple[bool, float]:
@@ -87,132 +75,233 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a run found; ``best`` has the highest search reward of all, ``rival`` that of the one-knob averages."""
+class Phase:
+    """What a part of the run cost. ``evaluations``: full ones; ``trials``: questions asked."""
 
-    ends: Mapping[str, Mapping[str, Measured]]
-    separation: Sequence[Separation]
+    phase: str
+    trials: int
+    evaluations: float
+    forward_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found; ``best`` has the highest search reward of all, ``rival`` that of the one-knob averages.
+
+    ``shares``: candidate to suite to share kept on held-back items; ``picks``: name of a pick of the front to its
+    candidate; ``curve``: trials of the first knob; ``heads``: fine-tuned and best to the divergence of their
+    attention from the base's, by depth and head.
+    """
+
+    scale: Scale
     candidates: Sequence[Candidate]
     rival: Candidate
     best: Candidate
     verdicts: Sequence[Verdict]
-    shares: Mapping[str, Mapping[str, float]]
-    tokens: int
-    seconds: float
+    shares: Mapping[str, Mapping[str, Difference]]
+    picks: Mapping[str, Candidate]
+    curve: Sequence[Record]
+    heads: Mapping[str, Mapping[int, list[float]]]
+    ledger: Sequence[Phase]
+
+    @property
+    def separation(self) -> Sequence[Separation]:
+        """Every task that could steer."""
+        return self.scale.separation
 
 
 class Tuner:
-    """One run in one directory. ``suites``: names of the recipe's suites to balance."""
+    """One run. ``suites``: names of the recipe's suites to balance; ``journal``: to be set before it runs."""
 
-    def __init__(self, recipe: Recipe, suites: Sequence[str], out: Path, progress: Progress) -> None:
-        self.recipe, self.progress = recipe, progress
-        options = recipe.tune.objective.options(suites)
-        planned = plan(recipe, require_alpha=False).check()
-        for warning in planned.warnings:
-            progress("warning", {"text": warning})
-        progress("load", {"base": recipe.base_model, "tuned": recipe.finetuned[0].model})
-        self.loaded: Loaded = load_live(recipe)
-        limits = {"max_positions": self.loaded.max_positions, "vocabulary": self.loaded.vocabulary}
-        tasks = make_suites(recipe, suites, load_tokenizer(recipe), **limits)
-        self.scorer = Scorer(self.live, tasks, recipe.tune.holdout)
-        self.scorer.objective_options = options
-        self.roles = roles(self.loaded.tensors, self.config)
-        for searcher in recipe.tune.searchers:
+    journal: Journal
+
+    def __init__(self, recipe: Recipe, suites: Sequence[str], engine: Engine, progress: Progress) -> None:
+        self.recipe, self.engine, self.progress = recipe, engine, progress
+        self.config = recipe.tune
+        self.options = self.config.objective.options(suites)
+        self.about = engine.describe()
+        self.roles = roles(self.about.tensors, dict(self.about.config))
+        self.splits = {key: Split(task.ids, self.config.holdout) for key, task in self.about.tasks.items()}
+        self._check()
+        self.arms: list[Arm] = []
+
+    def _check(self) -> None:
+        """Everything that can be wrong before anything is scored."""
+        for key, split in self.splits.items():
+            if len(split.search) < 2 or len(split.held) < 2:
+                raise RunError(
+                    f"{key} has {len(split.search)} items to search on and {len(split.held)} held back; it needs at "
+                    "least 2 of each."
+                )
+        for searcher in self.config.searchers:
             self._space_of(searcher)
-        # last: what cannot start leaves no run behind
-        self.journal = Journal(out / "trials.jsonl", fingerprint(recipe, suites, planned))
+        blind = [k for k, t in self.about.tasks.items() if not t.watch and not t.differentiable]
+        sighted = [name for name in self.config.searchers if name in WITH_GRADIENTS]
+        if blind and sighted:
+            raise RecipeError(
+                f"Searcher {sighted[0]} needs tasks with a differentiable loss, but {blind[0]} has none; mark it "
+                f"`watch: true`, or leave {sighted[0]} out of --searchers."
+            )
 
-    @property
-    def live(self) -> LiveModel:
-        """The model candidates are set in."""
-        return self.loaded.live
+    # ------------------------------------------------------------------ the run
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """config.json of the base, as a dictionary."""
-        config: Any = self.live.model.config
-        return dict(config.to_dict())
+    def run(self, more: int | None = None) -> Result:
+        """Do whatever the journal does not hold yet, and return the result.
 
-    def run(self) -> Result:
-        """Do whatever the journal does not hold yet, and return the result."""
+        ``more``: evaluations that every arm gets beyond those it had; asked again before they are spent, no more.
+        """
+        self.prepare()
+        self.arms = knobs = self._knobs()
+        self._search(knobs)
+        budget = self._budget(more)
+        arms = list(self._arms(self._start(), budget))
+        self.arms = [*knobs, *arms]
+        self._search(arms)
+        self.journal.once(f"spent/{budget:g}", dict)
+        return self._judge(knobs, arms)
+
+    def _budget(self, more: int | None) -> float:
+        """Evaluations of each arm: the recipe's, or more if the run was extended."""
+        extended = [float(record["trials"]) for record in self.journal.under("extended").values()]
+        budget = max([float(self.config.trials), *extended])
+        if more is not None and f"spent/{budget:g}" in self.journal:
+            budget += more
+            self.journal.append(f"extended/{len(extended)}", {"trials": budget})
+        return budget
+
+    def prepare(self) -> None:
+        """Score base and fine-tuned, and so set the scale."""
         ends = self._ends()
-        found = self.scorer.use_ends(ends, self.recipe.tune.keep_weak)
-        self.progress("separation", {"tasks": found, "steering": list(self.scorer.steering)})
-        knobs = [self._knob("one knob, everything", "everything", "finetuned", KNOB)]
-        if any(r.attention for r in self.roles.values()):
-            knobs.append(self._knob("one knob, attention", "global", "finetuned", ATTENTION_KNOB))
-        arms = [
-            self._arm(Arm(s, seed)) for s in self.recipe.tune.searchers for seed in self.recipe.tune.seeds
-        ]
-        return self._judge(ends, found, [k for k in knobs if k.alphas], [a for a in arms if a.alphas])
+        weights = {key: task.weight for key, task in self.about.tasks.items()}
+        penalty = 0.0 if self.config.regularizer is None else self.config.regularizer.weight
+        self.scale = Scale(ends, self.splits, weights, self.options, self.config.keep_weak, penalty)
+        self.progress("separation", {"tasks": self.scale.separation, "steering": self.scale.steering})
+
+    def sweep(self, values: Sequence[float], scope: str = "everything") -> Result:
+        """One knob only: these values of one alpha for everything, or for ``attention`` with the rest fine-tuned."""
+        self.prepare()
+        name, groups = (ATTENTION, "global") if scope == "attention" else (EVERYTHING, "everything")
+        self.arms = [self._knob(name, groups, values)]
+        self._search(self.arms)
+        return self._judge(self.arms, [])
+
+    def best_so_far(self) -> Candidate | None:
+        """What an interrupted run would call its best."""
+        found = [c for arm in self.arms if (c := self._best([arm])).alphas]
+        return max(found, key=lambda c: c.rank, default=None)
+
+    def _search(self, arms: Sequence[Arm]) -> None:
+        """Keep every worker busy until no arm can go on."""
+        running: dict[str, Running] = {}
+        while True:
+            while len(running) < self.engine.workers and (trial := _next(arms)) is not None:
+                running[trial.tag] = trial
+                self.engine.submit(trial.tag, trial.job)
+            if not running:
+                return
+            tag, done = self.engine.wait()
+            trial = running.pop(tag)
+            if trial.arm.advance(trial, done):
+                running[tag] = trial
+                self.engine.submit(tag, trial.job)
+
+    def _do(self, jobs: Mapping[str, Job]) -> Iterator[tuple[str, Done]]:
+        """Score these jobs, each as it comes; RunError if one cannot be."""
+        for tag, job in jobs.items():
+            self.engine.submit(tag, job)
+        for _ in jobs:
+            tag, done = self.engine.wait()
+            if done.error is not None:
+                raise RunError(f"{done.error} It is one of the models that every merge is measured by.")
+            yield tag, done
 
     def _ends(self) -> dict[str, dict[str, Measured]]:
-        record = self.journal.once(
-            "ends", lambda: {k: dump(v) for k, v in self.scorer.measure_ends().items()}
-        )
+        steering = tuple(key for key, task in self.about.tasks.items() if not task.watch)
+        sides = {"base": 0.0, "finetuned": 1.0}
+
+        def compute() -> Record:
+            jobs = {side: Job(self._constant(alpha), steering) for side, alpha in sides.items()}
+            found = dict(self._do(jobs))
+            record: Record = {side: dump(done.measured) for side, done in found.items()}
+            return record | costs(found.values(), self.about.prepared)
+
+        record = self.journal.once("ends", compute)
         try:
-            return {side: load(record[side]) for side in ("base", "finetuned")}
+            return {side: load(record[side]) for side in sides}
         except (KeyError, TypeError) as error:
             raise self.journal.damaged(f"the record of the ends lacks {error}") from error
 
-    def space(self, groups: str | float, rest: str | float, bounds: tuple[float, float]) -> Space:
-        """A search space over the tensors that differ."""
-        return make_space(self.roles, groups, rest, bounds)
+    def _constant(self, alpha: float) -> tuple[float, ...]:
+        return (alpha,) * len(self.about.tensors)
 
-    def _knob(self, name: str, groups: str, rest: str, values: Sequence[float]) -> Candidate:
-        """The best of a few values of one alpha."""
-        space = self.space(groups, rest, (0.0, 1.0))
-        trials = [self._score(f"{name}/{v}", name, space, Query((v,))) for v in values]
-        best = self._best(name, space, trials, len(values))
-        if best.alphas:
-            best.name = (
-                f"{name} {next(v for v, t in zip(values, trials, strict=True) if t.reward == best.reward):g}"
-            )
-        return best
+    # ------------------------------------------------------------------ arms
 
-    def _arm(self, arm: Arm) -> Candidate:
-        """Ask, score, journal, tell until the budget is spent or the searcher has no further question."""
-        space = self._space_of(arm.searcher)
-        problem = self._problem(space)
-        searcher = make_searcher(arm.searcher, problem, arm.seed)
-        spent, trials = 0.0, list[Trial]()
-        budget = float(self.recipe.tune.trials)
-        while (query := searcher.ask()) is not None and spent + query.cost <= budget + 1e-9:
-            trial = self._score(f"{arm.searcher}/{arm.seed}/{len(trials)}", arm.name, space, query, budget)
-            spent += query.cost
-            searcher.tell(trial)
-            trials.append(trial)
-        return self._best(arm.name, space, trials, spent)
+    def _knobs(self) -> list[Arm]:
+        """The rivals: one alpha for everything, and one for attention with the rest fine-tuned."""
+        knobs = [self._knob(EVERYTHING, "everything", KNOB)]
+        if any(role.attention for role in self.roles.values()):
+            knobs.append(self._knob(ATTENTION, "global", ATTENTION_KNOB))
+        return knobs
 
-    def _best(self, name: str, space: Space, trials: Sequence[Trial], evaluations: float) -> Candidate:
-        """The best of the trials that scored all search data; without alphas if there is none."""
-        found = [self._candidate(name, space, t, evaluations) for t in trials if t.full]
-        nothing = Candidate(name, {}, None, feasible=False, evaluations=evaluations)
-        return max(found, key=lambda c: c.rank, default=nothing)
+    def _knob(self, name: str, groups: str, values: Sequence[float]) -> Arm:
+        space = make_space(self.roles, groups, "finetuned", (min(values), max(values) + 1e-9))
+        return Arm(name, name, space, Listed(values), len(values), self.scale, self.journal, self._report)
+
+    def _arms(self, start: float, budget: float) -> Iterator[Arm]:
+        """Every searcher with every seed; when the front is searched, once for each emphasis."""
+        # searchers plan for the budget the run began with, so that a larger one later only goes on asking
+        horizon = self.journal.once("horizon", lambda: {"trials": budget})["trials"]
+        legs = emphases(self.config.objective.pareto) if self.config.objective.pareto else {"": {}}
+        for name in self.config.searchers:
+            space = self._space_of(name)
+            problem = self._problem(space, start, horizon / len(legs))
+            for seed in self.config.seeds:
+                title = name if seed == 0 else f"{name} seed {seed}"
+                for leg, emphasis in legs.items():
+                    key = f"{name}/{seed}/{leg}".rstrip("/")
+                    searcher = make_searcher(name, problem, seed)
+                    yield Arm(
+                        title, key, space, searcher, budget / len(legs), self.scale, self.journal, self._report,
+                        self._rung(), emphasis, problem,
+                    )  # fmt: skip
+
+    def _rung(self) -> int:
+        """How many parts the search items are cut into for the first look; 1 where there are too few."""
+        return self.config.rung if self.scale.parts >= 2 * self.config.rung else 1
+
+    def _report(self, arm: Arm, record: Record, fresh: bool) -> None:
+        self.progress(
+            "trial", {**record, "arm": arm.name, "key": arm.key, "fresh": fresh, "budget": arm.budget}
+        )
+
+    def _start(self) -> float:
+        """The best alpha for everything: every arm begins level with the rival."""
+        tried = self.journal.under(EVERYTHING).values()
+        done = [record for record in tried if record["reward"] is not None]
+        return max(done, key=lambda r: r["reward"])["values"][0] if done else START
 
     def _space_of(self, searcher: str) -> Space:
         """The recipe's space; what it leaves out depends on whether the searcher has gradients."""
-        default = DERIVATIVE if searcher == "gradient" else DERIVATIVE_FREE
-        words = {**default, **self.recipe.tune.space.model_dump(exclude_none=True)}
-        return self.space(words["groups"], words["rest"], tuple(words["bounds"]))
+        default = DERIVATIVE if searcher in WITH_GRADIENTS else DERIVATIVE_FREE
+        words = {**default, **self.config.space.model_dump(exclude_none=True)}
+        return make_space(self.roles, words.pop("groups"), words.pop("rest"), **words)
 
-    def _problem(self, space: Space) -> Problem:
-        # searchers plan for the budget the run began with, so that a larger one later only goes on asking
-        horizon = self.journal.once("horizon", lambda: {"trials": self.recipe.tune.trials})["trials"]
+    def _problem(self, space: Space, start: float, horizon: float) -> Problem:
         return Problem(
-            space.names, space.low, space.high, space.constant_point(START), self._features(space),
-            float(horizon), self.scorer.parts,
+            space.names, space.low, space.high, space.constant_point(start), self._features(space), horizon,
+            self.scale.parts,
         )  # fmt: skip
 
     def _features(self, space: Space) -> Array:
         """(K, 4), standardised: depth, log relative change, log parameters, attention or not."""
-        norms = dict(zip(self.loaded.tensors, self.live.delta_norms(), strict=True))
-        sizes = dict(zip(self.loaded.tensors, self.live.sizes(), strict=True))
+        changes = dict(zip(self.about.tensors, self.about.changes, strict=True))
+        sizes = dict(zip(self.about.tensors, self.about.sizes, strict=True))
         layers = 1 + max((r.layer or 0 for r in self.roles.values()), default=0)
         rows = []
         for members in space.members().values():
             depth = np.mean([(self.roles[t].layer or 0) / layers for t in members])
-            change = np.log(np.mean([min(norms[t], 1e6) for t in members]) + 1e-12)
+            change = np.log(np.mean([min(changes[t], 1e6) for t in members]) + 1e-12)
             attention = np.mean([self.roles[t].attention for t in members])
             rows.append([depth, change, np.log(sum(sizes[t] for t in members)), attention])
         table = np.array(rows)
@@ -220,126 +309,175 @@ class Tuner:
         standardised: Array = (table - table.mean(0)) / np.where(spread > 0, spread, 1)
         return standardised
 
-    def _score(self, key: str, arm: str, space: Space, query: Query, budget: float | None = None) -> Trial:
-        """The trial of a query, from the journal or scored now. A failed one has no reward."""
-        fresh = key not in self.journal
-        started = time.monotonic()
-        record = self.journal.once(key, lambda: self._record(space, query))
-        if record["values"] != list(query.values):
-            raise_changed(key, self.journal.path)
-        seconds = time.monotonic() - started
-        self.progress(
-            "trial",
-            {**record, "arm": arm, "fresh": fresh, "seconds": seconds, "budget": budget, "cost": query.cost},
-        )
-        gradient = record["gradient"]
-        details = {"feasible": float(record["feasible"])}
-        return Trial(query, record["reward"], None if gradient is None else tuple(gradient), details)
+    def studies(self) -> dict[str, tuple[Problem, Sequence[Trial]]]:
+        """Every arm's problem and trials, for other tools."""
+        return {arm.key: (arm.problem, arm.trials) for arm in self.arms if arm.problem is not None}
 
-    def _record(self, space: Space, query: Query) -> dict[str, Any]:
-        asked = {"values": query.values, "wants_gradient": query.gradient, "part": query.part}
-        started = time.monotonic()
-        try:
-            scored: Scored = self.scorer.score(space, query)
-        except (
-            DataError
-        ) as error:  # a candidate whose loss is not finite is a failed trial, not the end of the run
-            return asked | {
-                "status": "failed", "error": str(error), "reward": None, "gradient": None, "feasible": False,
-                "tokens": 0, "seconds": time.monotonic() - started,
-            }  # fmt: skip
-        reward: Reward = scored.reward
-        return asked | {
-            "status": "done",
-            "reward": reward.value,
-            "feasible": reward.feasible,
-            "shares": dict(reward.shares),
-            "gradient": None if scored.gradient is None else [float(g) for g in scored.gradient],
-            "scores": {k: m.score for k, m in scored.measured.items()},
-            "stderr": {k: m.stderr for k, m in scored.measured.items()},
-            "losses": {k: m.mean_loss for k, m in scored.measured.items()},
-            "tokens": scored.tokens,
-            "seconds": time.monotonic() - started,
-        }
+    # ------------------------------------------------------------------ candidates
 
-    def _candidate(self, name: str, space: Space, trial: Trial, evaluations: float) -> Candidate:
-        alphas = np.round(space.alphas(trial.query.values), DECIMALS)
-        named = {t: float(a) for t, a in zip(space.tensors, alphas, strict=True)}
-        named |= {alias: named[tensor] for alias, tensor in self.loaded.aliases.items()}
-        return Candidate(name, named, trial.reward, bool(trial.details["feasible"]), evaluations)
+    def _best(self, arms: Sequence[Arm]) -> Candidate:
+        """The best of the trials of these arms that scored all search data; without alphas if there is none."""
+        evaluations = sum(arm.spent for arm in arms)
+        found = [
+            self._candidate(arm, record, evaluations)
+            for arm in arms
+            for record, trial in zip(arm.records, arm.trials, strict=True)
+            if trial.full
+        ]
+        nothing = Candidate(arms[0].name, {}, None, feasible=False, evaluations=evaluations)
+        best = max(found, key=lambda c: c.rank, default=nothing)
+        if isinstance(arms[0].searcher, Listed) and best.alphas:
+            best.name = f"{best.name} {min(best.alphas.values()):g}"
+        return best
 
-    def _end(self, name: str, alpha: float, scores: Mapping[str, Measured]) -> Candidate:
+    def _candidate(self, arm: Arm, record: Record, evaluations: float) -> Candidate:
+        alphas = np.round(arm.space.alphas(record["values"]), DECIMALS)
+        reward = self.scale.reward(record["losses"]).value if arm.emphasis else record["reward"]
+        named = self._named([float(a) for a in alphas])
+        return Candidate(arm.name, named, reward, record["feasible"], evaluations, record["shares"])
+
+    def _named(self, alphas: Sequence[float]) -> dict[str, float]:
+        """Alphas by stored name; every further name of a tensor has the same."""
+        named = dict(zip(self.about.tensors, alphas, strict=True))
+        return named | {alias: named[tensor] for alias, tensor in self.about.aliases.items()}
+
+    def _end(self, name: str, side: str, alpha: float) -> Candidate:
         """Base or fine-tuned as a candidate."""
-        reward = self.scorer.objective().reward({k: scores[k].mean_loss for k in self.scorer.steering})
-        named = dict.fromkeys([*self.loaded.tensors, *self.loaded.aliases], alpha)
-        return Candidate(name, named, reward.value, reward.feasible)
+        scores = self.scale.ends[side]
+        reward = self.scale.reward({k: scores[k].mean_loss for k in self.scale.steering})
+        return Candidate(
+            name, self._named(self._constant(alpha)), reward.value, reward.feasible, 0, reward.shares
+        )
 
-    def _judge(
-        self,
-        ends: dict[str, dict[str, Measured]],
-        found: list[Separation],
-        knobs: list[Candidate],
-        arms: list[Candidate],
-    ) -> Result:
+    def _picks(self, candidates: Sequence[Candidate]) -> dict[str, Candidate]:
+        """Named points of the front of all full trials (shares on search items): safest, knee, best of each suite."""
+        wanted = self.config.objective.pareto
+        if not wanted:
+            return {}
+        every = [*candidates, *self._trials()]
+        shares = [(c, {s: c.searched[s] for s in wanted}) for c in every]
+        useful = [c for c in front(shares) if min(c.searched[s] for s in wanted) >= SAFE]
+        if not useful:
+            return {}
+        names = {"safest": wanted[0]} | {f"best {suite}": suite for suite in wanted[1:]}
+        picks = {name: max(useful, key=lambda c: c.searched[suite]) for name, suite in names.items()}
+        picks["knee"] = max(useful, key=lambda c: c.rank)
+        return {name: renamed(c, f"{name} ({c.name})") for name, c in picks.items()}
+
+    def _trials(self) -> Iterator[Candidate]:
+        """Every full trial of every arm."""
+        for arm in self.arms:
+            for record, trial in zip(arm.records, arm.trials, strict=True):
+                if trial.full:
+                    yield self._candidate(arm, record, arm.spent)
+
+    # ------------------------------------------------------------------ the verdict
+
+    def _judge(self, knobs: Sequence[Arm], arms: Sequence[Arm]) -> Result:
         """Score ends, knobs and arms once on the held-back items and compare."""
-        outer = [self._end("base", 0.0, ends["base"]), self._end("fine-tuned", 1.0, ends["finetuned"])]
-        if not knobs:
+        outer = [self._end("base", "base", 0.0), self._end("fine-tuned", "finetuned", 1.0)]
+        rivals = [c for knob in knobs if (c := self._best([knob])).alphas]
+        if not rivals:
             raise RunError(
                 "No candidate has a finite loss: the average of these two models does not work at any alpha."
             )
-        candidates = [*outer, *knobs, *arms]
-        for candidate in candidates:
-            candidate.held = self.held(candidate)
+        names = dict.fromkeys(arm.name for arm in arms)
+        found = [c for name in names if (c := self._best([a for a in arms if a.name == name])).alphas]
+        picks = self._picks([*rivals, *found])
+        candidates = [*outer, *rivals, *found, *picks.values()]
+        self.hold(candidates)
         base, tuned = (c.held for c in outer)
-        weights = {key: task.weight for key, task in self.scorer.tasks.items()}
-        rival = max(knobs, key=lambda c: c.rank)
-        best = max([*arms, rival, *outer], key=lambda c: c.rank)
-        verdicts = [compare(a.name, a.held, rival.name, rival.held, base, tuned, weights) for a in arms]
-        shares = {c.name: suite_shares(c.held, base, tuned, weights) for c in candidates}
-        tokens = sum(r.get("tokens", 0) for r in self.journal.records())
-        seconds = sum(r.get("seconds", 0.0) for r in self.journal.records())
-        return Result(ends, found, candidates, rival, best, verdicts, shares, tokens, seconds)
+        weights = {key: task.weight for key, task in self.about.tasks.items()}
+        rival = max(rivals, key=lambda c: c.rank)
+        best = max([*found, rival, *outer], key=lambda c: c.rank)
+        verdicts = [
+            compare(c.name, c.held, rival.name, rival.held, base, tuned, weights)
+            for c in [*found, *picks.values()]
+        ]
+        shares = {c.name: kept(c.held, base, tuned, weights) for c in candidates}
+        curve = knobs[0].records
+        heads = {c.name: self._heads(c) for c in (outer[1], best) if c is not outer[0]}
+        ledger = self._ledger([*knobs, *arms])
+        return Result(self.scale, candidates, rival, best, verdicts, shares, picks, curve, heads, ledger)
 
-    def held(self, candidate: Candidate) -> dict[str, Measured]:
-        """Scores of a candidate on the held-back items of every task, watched ones too; once per set of alphas."""
-        key = hashlib.sha256(json.dumps(candidate.alphas, sort_keys=True).encode()).hexdigest()[:16]
+    def hold(self, candidates: Sequence[Candidate]) -> None:
+        """Score candidates on the held-back items of every task, watched ones too; once per set of alphas."""
+        tasks = tuple(key for key in self.about.tasks if suite_of(key) != REGULARIZER)
+        keys = [f"held back/{_digest(candidate)}" for candidate in candidates]
+        missing = {
+            key: Job(self._alphas(candidate), tasks, held=True)
+            for key, candidate in zip(keys, candidates, strict=True)
+            if key not in self.journal
+        }
+        self.progress("held", {"candidates": len(missing)})
+        for key, done in self._do(missing):
+            self.journal.append(key, {"held": dump(done.measured)} | costs([done]))
+        for key, candidate in zip(keys, candidates, strict=True):
+            candidate.held = load(self.journal[key]["held"])
 
-        def compute() -> dict[str, Any]:
-            self.live.set([candidate.alphas[t] for t in self.loaded.tensors])
-            started = time.monotonic()
-            held = dump(self.scorer.measure(list(self.scorer.tasks), held=True))
-            return {"held": held, "seconds": time.monotonic() - started}
+    def _heads(self, candidate: Candidate) -> dict[int, list[float]]:
+        """Divergence of its attention from the base's, by depth and head; empty where there is nothing to compare."""
 
-        self.progress("held", {"name": candidate.name})
-        return load(self.journal.once(f"held back/{key}", compute)["held"])
+        def compute() -> Record:
+            ((_, done),) = self._do({candidate.name: Job(self._alphas(candidate), heads=True)})
+            return {"heads": dict(done.heads)} | costs([done])
 
+        record = self.journal.once(f"heads/{_digest(candidate)}", compute)
+        return {int(depth): row for depth, row in record["heads"].items()}
 
-def fingerprint(recipe: Recipe, suites: Sequence[str], planned: Plan) -> dict[str, Any]:
-    """What makes a run the same run: recipe, models, data, suites, package; not the budget, seeds and searchers."""
-    content = recipe.model_dump(mode="json")
-    for key in ("trials", "seeds", "searchers"):
-        content.get("tune", {}).pop(key, None)
-    data = {str(t.data): recipe.data_path(t.data) for suite in suites for t in recipe.evals.get(suite, ())}
-    models = [planned.base, *planned.finetuned] if planned.base else []
-    return {
-        "recipe": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16],
-        "suites": sorted(suites),
-        "data": {name: digest(path) for name, path in sorted(data.items())},
-        "models": {f"{model.ref}: {file.name}": digest(file) for model in models for file in model.files},
-        "version": __version__,
-    }
+    def _alphas(self, candidate: Candidate) -> tuple[float, ...]:
+        return tuple(candidate.alphas[t] for t in self.about.tensors)
 
-
-def digest(path: Path) -> str:
-    """Half of a file's sha256, in hex."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()[:32]
+    def _ledger(self, arms: Sequence[Arm]) -> list[Phase]:
+        """What each part of the run cost, kills and restarts included."""
+        ends = self.journal["ends"]
+        rows = [Phase("base and fine-tuned", 2, 2.0, ends["tokens"], ends["seconds"])]
+        for name in dict.fromkeys(arm.name for arm in arms):
+            records = [r for arm in arms if arm.name == name for r in arm.records]
+            spent = sum(r["cost"] for r in records)
+            rows.append(Phase(name, len(records), spent, *_sums(records)))
+        after = {"held-back items": "held back/", "attention by head": "heads/"}
+        for title, start in after.items():
+            records = [r for r in self.journal.records() if r["key"].startswith(start)]
+            rows.append(Phase(title, len(records), 0.0, *_sums(records)))
+        return rows
 
 
-def dump(scores: Mapping[str, Measured]) -> dict[str, Any]:
+def _next(arms: Sequence[Arm]) -> Running | None:
+    """A trial of the arm with the fewest running, so that adaptive searchers learn from as much as possible."""
+    for arm in sorted(arms, key=lambda arm: len(arm.running)):
+        if (trial := arm.start()) is not None:
+            return trial
+    return None
+
+
+def _sums(records: Sequence[Record]) -> tuple[int, float]:
+    return sum(r["tokens"] for r in records), sum(r["seconds"] for r in records)
+
+
+def _digest(candidate: Candidate) -> str:
+    return hashlib.sha256(json.dumps(candidate.alphas, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def renamed(candidate: Candidate, name: str) -> Candidate:
+    """The same merge under another name."""
+    return Candidate(
+        name,
+        candidate.alphas,
+        candidate.reward,
+        candidate.feasible,
+        candidate.evaluations,
+        candidate.searched,
+    )
+
+
+def costs(done: Any, more: int = 0) -> Record:
+    """Forward tokens and seconds of jobs, as a record says them."""
+    jobs = list(done)
+    return {"tokens": more + sum(d.tokens for d in jobs), "seconds": sum(d.seconds for d in jobs)}
+
+
+def dump(scores: Scores) -> Record:
     """Scores as JSON."""
     return {
         key: {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in asdict(m).items()}
@@ -354,11 +492,3 @@ def load(data: Mapping[str, Any]) -> dict[str, Measured]:
         loss, value, weight = (np.array(m[k], dtype=np.float64) for k in ("loss", "value", "weight"))
         scores[key] = Measured(tuple(m["ids"]), loss, value, weight, m["tokens"])
     return scores
-
-
-def raise_changed(key: str, path: Path) -> None:
-    """A searcher asked another question than the journal answers: its code or a library changed."""
-    raise RunError(
-        f"{path} answers another question at {key} than is asked now: a searcher or library changed since. "
-        "Give another --out."
-    )

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from arma_mergekit.evals.base import Measured
+from arma_mergekit.evals.base import Measured, paired
 
-__all__ = ["Difference", "Verdict", "clear_tasks", "compare", "suite_shares"]
+__all__ = ["Difference", "Verdict", "clear_tasks", "compare", "kept"]
 
 RESAMPLES = 2000
 SIGNIFICANT = 1.96
@@ -74,28 +74,18 @@ class Verdict:
 
 def clear_tasks(base: Scores, tuned: Scores) -> list[str]:
     """Tasks whose headline scores tell base from fine-tuned on these items; the others have no scale to share."""
-    found = []
-    for key, ours in base.items():
-        difference = tuned[key].value - ours.value
-        paired = Measured(ours.ids, -difference, difference, ours.weight, 0)
-        if abs(paired.score) > MIN_SEPARATION * paired.stderr:
-            found.append(key)
-    return found
+    gaps = {key: paired(tuned[key], ours, "value") for key, ours in base.items()}
+    return [key for key, (mean, error) in gaps.items() if abs(mean) > MIN_SEPARATION * error]
 
 
-def suite_shares(
-    scores: Scores, base: Scores, tuned: Scores, weights: Mapping[str, float]
-) -> dict[str, float]:
+def kept(scores: Scores, base: Scores, tuned: Scores, weights: Mapping[str, float]) -> dict[str, Difference]:
     """Share kept of each suite, in headline scores: 0 = the worse of base and fine-tuned, 1 = the better.
 
-    The mean over its clear tasks by their weights; a suite without one is absent.
+    The mean over its clear tasks by their weights, and the error of its distance from the worse end; a suite without
+    such a task is absent.
     """
-    shares: dict[str, list[tuple[float, float]]] = {}
-    for key in clear_tasks(base, tuned):
-        low, high = sorted((base[key].score, tuned[key].score))
-        share = (scores[key].score - low) / (high - low)
-        shares.setdefault(key.partition("/")[0], []).append((share, weights[key]))
-    return {suite: sum(s * w for s, w in rows) / sum(w for _, w in rows) for suite, rows in shares.items()}
+    worse = {key: min(base[key], tuned[key], key=lambda m: m.score) for key in base}
+    return dict(compare("", scores, "", worse, base, tuned, weights).suites)
 
 
 def compare(

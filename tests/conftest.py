@@ -3,10 +3,14 @@
 import json
 import os
 import socket
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, also by subprocesses
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that share a busy core spin
+os.environ["ARMA_CACHE"] = tempfile.mkdtemp(
+    prefix="arma-test-"
+)  # scores of earlier sessions would hide defects
 
 import numpy as np
 import pytest

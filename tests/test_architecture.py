@@ -18,8 +18,9 @@ LAYERS = (
     ("errors", "kernel", "roles", "space", "objective"),
     ("checkpoint", "attention", "search", "trials"),
     ("recipe", "plan", "live", "evals"),
-    ("export", "load", "merge", "method", "scoring", "verdict", "tune", "continual", "siamese"),
-    ("plugin", "report", "results"),
+    ("export", "load", "merge", "method", "scoring", "verdict", "fingerprint", "cache", "worker", "engines"),
+    ("arms", "tune", "continual", "siamese"),
+    ("plugin", "report", "results", "run"),
     ("cli", "mergekit_yaml", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

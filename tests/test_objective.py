@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arma_mergekit.objective import End, Objective, share
+from arma_mergekit.objective import Bound, End, Objective, front, share
 
 BASE = {"prose": 3.4, "words": 0.5, "codes": 2.5}
 TUNED = {"prose": 4.0, "words": 1.5, "codes": 1.2}
@@ -69,3 +69,46 @@ def test_slopes_are_the_derivative_of_the_value(shares, options):
     for task in ENDS:
         moved = objective.reward(losses | {task: losses[task] + step}).value
         assert np.isclose((moved - reward.value) / step, reward.slopes[task], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "bound"),
+    [
+        ("95%", (0.95, "share")),
+        (0.9, (0.9, "share")),
+        ("2 se", (2.0, "se")),
+        ("0.05nats", (0.05, "nats")),
+        (".5", (0.5, "share")),
+    ],
+)
+def test_bounds_are_read_in_three_units(text, bound):
+    assert Bound.parse(text) == Bound(*bound)
+
+
+@pytest.mark.parametrize("text", ["", "many", "-3%", "300%", "2 sigma", True, None, "1e9"])
+def test_a_bound_without_sense_is_refused(text):
+    with pytest.raises(ValueError, match="must be"):
+        Bound.parse(text)
+
+
+def test_an_emphasis_moves_the_best_trade_toward_its_suite():
+    def best(emphasis):
+        objective = Objective(SUITES, ENDS, emphasis=emphasis)
+        candidates = [(0.1 * k, 1 - 0.1 * k) for k in range(1, 10)]
+        return max(candidates, key=lambda c: objective._value({"general": c[0], "domain": c[1]})[0])[0]
+
+    assert best({"domain": 4.0}) < best({}) < best({"general": 4.0})
+
+
+def test_the_front_keeps_what_nothing_beats():
+    points = [
+        ("a", {"x": 1, "y": 0}),
+        ("b", {"x": 0.5, "y": 0.5}),
+        ("c", {"x": 0.4, "y": 0.5}),
+        ("d", {"x": 0, "y": 1}),
+    ]
+    assert front(points) == ["a", "b", "d"]
+
+
+def test_equal_points_do_not_beat_each_other():
+    assert front([("a", {"x": 1.0}), ("b", {"x": 1.0})]) == ["a", "b"]

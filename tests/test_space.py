@@ -114,3 +114,39 @@ def test_a_space_with_nothing_to_search_is_refused():
 def test_a_point_of_the_wrong_length_is_refused():
     with pytest.raises(ValueError, match="has 1 values"):
         make_space(ROLES, "global", "base").alphas([0.1, 0.2])
+
+
+def test_one_number_freezes_a_group_and_a_pair_bounds_it():
+    space = make_space(
+        ROLES, "kind", "kind", (-1.0, 2.5), limits={"attention.*": (0.0, 1.0), "attention.q": (0.5, 0.5)}
+    )
+    bounds = {name: (low, high) for name, low, high in zip(space.names, space.low, space.high, strict=True)}
+    assert bounds["attention.q"] == (0.5, 0.5)
+    assert bounds["attention.k"] == (0.0, 1.0)
+    assert bounds["rest.up"] == (-1.0, 2.5)
+
+
+def test_tied_groups_share_one_value_and_their_gradients_add_up():
+    apart = make_space(ROLES, "kind", "finetuned")
+    tied = make_space(ROLES, "kind", "finetuned", tie=[["attention.q", "attention.k"]])
+    assert set(apart.names) - set(tied.names) in ({"attention.q"}, {"attention.k"})
+    point = np.full(len(tied.names), 0.3)
+    assert np.allclose(tied.alphas(point), apart.alphas(np.full(len(apart.names), 0.3)))
+    slopes = np.arange(len(apart.tensors), dtype=float)
+    whole = dict(zip(apart.names, apart.pullback(np.full(len(apart.names), 0.3), slopes), strict=True))
+    together = dict(zip(tied.names, tied.pullback(point, slopes), strict=True))
+    (name,) = {"attention.q", "attention.k"} & set(tied.names)
+    assert together[name] == pytest.approx(whole["attention.q"] + whole["attention.k"])
+
+
+def test_a_profile_stays_whole_when_groups_before_it_are_tied():
+    space = make_space(ROLES, "kernel", "kind", tie=[["rest.up", "rest.down"]])
+    point = space.constant_point(0.4)
+    assert np.allclose(space.alphas(point), 0.4)
+    with pytest.raises(RecipeError, match="`kernel` profile cannot be tied"):
+        make_space(ROLES, "kernel", "kind", tie=[["attention.peak", "attention.floor"]])
+
+
+def test_an_unknown_group_is_refused_with_the_nearest_name():
+    with pytest.raises(RecipeError, match=r"Did you mean attention\.q"):
+        make_space(ROLES, "kind", "kind", limits={"atention.q": (0.0, 0.0)})

@@ -13,6 +13,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from arma_mergekit.cli.sweep import command as sweep
 from arma_mergekit.cli.tune import command
 from arma_mergekit.errors import RecipeError, RunError
 from arma_mergekit.load import load_live
@@ -146,7 +147,7 @@ def test_other_weights_under_the_same_name_are_another_run(recipe, tmp_path):
     )
     weights = load_file(mine / "finetuned" / "model.safetensors")
     save_file({k: v * 1.3 for k, v in weights.items()}, mine / "finetuned" / "model.safetensors")
-    with pytest.raises(RunError, match=r"models was .*another --out"):
+    with pytest.raises(RunError, match=r"model .*model.safetensors was .*another --out"):
         invoke(mine / "recipe.yml", tmp_path / "run", "--searchers", "random", "--trials", "1")
 
 
@@ -161,7 +162,7 @@ def test_when_nothing_keeps_what_was_asked_the_exit_code_says_so(recipe, tmp_pat
     call = command_line(recipe, tmp_path)
     run = subprocess.run([*call, *options], capture_output=True, text=True)
     assert run.returncode == 5
-    assert "No candidate keeps 150% of domain" in run.stdout
+    assert "No candidate keeps 150.0 % of domain" in run.stdout
     assert json.loads((tmp_path / "summary.json").read_text())["feasible"] is False
 
 
@@ -191,7 +192,7 @@ def test_keep_is_respected_on_the_search_items(recipe, tmp_path):
 
 def test_a_run_directory_of_another_recipe_is_refused_naming_what_changed(finished, recipe):
     out, _ = finished
-    with pytest.raises(RunError, match=r"recipe was .*another --out"):
+    with pytest.raises(RunError, match=r"recipe: tune.objective.* is .*another --out"):
         invoke(recipe, out, "--maximize", "general", "--keep", "domain=90%")
 
 
@@ -239,3 +240,137 @@ def test_mergekit_yaml_ships_the_bits_that_were_scored(finished, recipe, tmp_pat
     for name in loaded.tensors:
         assert merged[name].dtype == scored[name].dtype
         assert torch.equal(merged[name], scored[name]), name
+
+
+def full(records, arm):
+    return [
+        r for r in records if r["key"].startswith(f"{arm}/") and r["status"] == "done" and r["part"] is None
+    ]
+
+
+def journal(out):
+    return [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+
+
+def test_every_arm_starts_at_the_best_alpha_for_everything(finished):
+    out, _ = finished
+    records = journal(out)
+    knob = max(full(records, "one knob, everything"), key=lambda r: r["reward"])["values"][0]
+    for arm in ("bayes", "rl"):
+        first = next(r for r in records if r["key"] == f"{arm}/0/0")
+        assert set(first["values"]) == {knob}
+
+
+def test_a_front_has_picks_that_nothing_else_beats_and_a_recipe_for_each(recipe, tmp_path):
+    options = ["--pareto", SUITES, "--searchers", "random,gradient", "--trials", "9"]
+    run = invoke(recipe, tmp_path, *options)
+    assert run.exit_code == 0
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert set(found["picks"]) == {"safest", "knee", "best domain"}
+    by_name = {c["name"]: c for c in found["candidates"]}
+    shares = {pick: by_name[name]["search_share"] for pick, name in found["picks"].items()}
+    assert shares["safest"]["general"] >= shares["knee"]["general"] >= shares["best domain"]["general"]
+    assert shares["safest"]["domain"] <= shares["knee"]["domain"] <= shares["best domain"]["domain"]
+    for pick, name in found["picks"].items():
+        planned = plan(Recipe.load(tmp_path / f"tuned-{pick.replace(' ', '-')}.yml"))
+        got = {t.name: t.alphas[0] for t in planned.tensors if t.name in by_name[name]["alphas"]}
+        assert got == pytest.approx(by_name[name]["alphas"], abs=1e-6)
+        assert pick in run.stdout
+    asked = {r["key"].split("/")[2] for r in journal(tmp_path) if r["key"].startswith("random/")}
+    assert asked == {"balance", "general", "domain"}
+
+
+def test_more_trials_extend_a_finished_run_once(recipe, tmp_path):
+    options = ["--searchers", "random", "--trials", "2"]
+    assert invoke(recipe, tmp_path, *options).exit_code == 0
+    before = (tmp_path / "trials.jsonl").read_bytes()
+    assert invoke(recipe, tmp_path, *options, "--more-trials", "2").exit_code == 0
+    after = (tmp_path / "trials.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert sum(r["cost"] for r in journal(tmp_path) if r["key"].startswith("random/")) == pytest.approx(
+        4, abs=0.8
+    )
+    assert invoke(recipe, tmp_path, *options).exit_code == 0  # an extended run stays extended
+    assert (tmp_path / "trials.jsonl").read_bytes() == after
+    cut = after[
+        : len(before) + 40
+    ]  # killed while it was extended: the same command goes on, and adds no more
+    (tmp_path / "trials.jsonl").write_bytes(after[: after.index(b"\n", len(cut)) + 1])
+    assert invoke(recipe, tmp_path, *options, "--more-trials", "2").exit_code == 0
+    assert journal(tmp_path)[-1]["key"] == journal_keys(after)[-1]
+
+
+def journal_keys(data):
+    return [json.loads(line)["key"] for line in data.splitlines()]
+
+
+def test_interrupted_a_run_leaves_its_best_so_far_and_goes_on_later(recipe, tmp_path):
+    call = [*command_line(recipe, tmp_path), "--searchers", "random", "--trials", "400", "--cache", "none"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # a shell's background jobs ignore SIGINT, and so would their children
+    running = subprocess.Popen(call, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    journal_file = tmp_path / "trials.jsonl"
+    while not (journal_file.exists() and b'"random/0/3"' in journal_file.read_bytes()):
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, told = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "Best so far" in told
+    assert "goes on" in told
+    assert plan(Recipe.load(tmp_path / "tuned.yml")).errors == ()
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_first_look_at_a_part_saves_half_of_a_hopeless_candidate(recipe, tmp_path):
+    halved = tmp_path / "recipe.yml"
+    halved.write_text(recipe.read_text().replace("data: ", f"data: {recipe.parent}/") + "  rung: 2\n")
+    assert invoke(halved, tmp_path / "run", "--searchers", "random", "--trials", "8").exit_code == 0
+    trials = [r for r in journal(tmp_path / "run") if r["key"].startswith("random/")]
+    out = [r for r in trials if r["status"] == "ruled out"]
+    assert out
+    assert {r["cost"] for r in out} == {0.5}
+    assert sum(r["cost"] for r in trials) <= 8 < len(trials)
+    best = max(r["reward"] for r in trials if r["status"] == "done")
+    assert all(r["reward"] < best for r in out)
+
+
+def test_what_the_command_line_says_of_the_space_is_what_is_searched(recipe, tmp_path):
+    options = [
+        "--groups",
+        "layer",
+        "--rest",
+        "0.5",
+        "--bounds",
+        "0",
+        "1",
+        "--searchers",
+        "random",
+        "--trials",
+        "2",
+    ]
+    assert invoke(recipe, tmp_path, *options).exit_code == 0
+    trials = [r for r in journal(tmp_path) if r["key"].startswith("random/")]
+    assert all(len(r["values"]) == 2 and 0 <= min(r["values"]) <= max(r["values"]) <= 1 for r in trials)
+    found = json.loads((tmp_path / "summary.json").read_text())
+    alphas = next(c["alphas"] for c in found["candidates"] if c["name"] == "random")
+    assert alphas["model.layers.0.mlp.up_proj.weight"] == 0.5
+
+
+def test_a_sweep_recommends_one_alpha_and_shows_the_curve(recipe, tmp_path):
+    run = CliRunner().invoke(
+        sweep, [str(recipe), "--points", "5", "--out", str(tmp_path)], catch_exceptions=False
+    )
+    assert run.exit_code == 0
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["alpha"] for row in found["curve"]] == [0.25, 0.5, 0.75]
+    best = max(found["curve"], key=lambda row: row["reward"])["alpha"]
+    assert f"Use one knob, everything {best:g}: on held-back items it keeps" in run.stdout
+    assert run.stdout.count("█") > 20
+
+
+def test_a_report_is_written_with_every_run(finished):
+    out, _ = finished
+    page = (out / "report.html").read_text()
+    assert "<html" in page
+    assert "gradient" in page

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from arma_mergekit.evals.base import Measured
-from arma_mergekit.verdict import Difference, Verdict, compare, suite_shares
+from arma_mergekit.verdict import Difference, Verdict, compare, kept
 
 N = 400
 
@@ -21,8 +21,8 @@ ONE = {"general/choice": 1.0, "general/other": 1.0, "domain/exact": 1.0}
 
 
 def test_shares_are_zero_and_one_at_the_ends():
-    assert suite_shares(BASE, BASE, TUNED, ONE) == {"general": 1.0}
-    assert suite_shares(TUNED, BASE, TUNED, ONE) == {"general": 0.0}
+    assert kept(BASE, BASE, TUNED, ONE)["general"].mean == pytest.approx(1)
+    assert kept(TUNED, BASE, TUNED, ONE)["general"] == Difference(0, 0)
 
 
 def test_a_clear_gain_beats_the_rival():
@@ -85,7 +85,7 @@ def test_tasks_on_the_same_items_do_not_count_as_independent():
 def test_a_task_that_cannot_tell_the_ends_apart_on_held_back_items_has_no_share():
     same = BASE | scores(0.5, key="domain/exact")
     other = TUNED | scores(0.5, key="domain/exact", flip=0.05)
-    assert set(suite_shares(same, same, other, ONE)) == {"general"}
+    assert set(kept(same, same, other, ONE)) == {"general"}
     assert set(compare("a", same, "b", other, same, other, ONE).suites) == {"general"}
 
 
@@ -104,5 +104,5 @@ def test_a_large_uncertain_loss_is_not_no_worse():
 def test_weights_of_tasks_count_in_the_share():
     ours = scores(0.9) | scores(0.3, key="general/other")
     base, tuned = twice(BASE), twice(TUNED)
-    light = suite_shares(ours, base, tuned, {"general/choice": 3.0, "general/other": 1.0})["general"]
-    assert light == pytest.approx(0.75)
+    light = kept(ours, base, tuned, {"general/choice": 3.0, "general/other": 1.0})["general"]
+    assert light.mean == pytest.approx(0.75)

@@ -19,6 +19,8 @@ __all__ = ["COMMANDS", "main", "tune"]
 COMMANDS = {
     "doctor": "Tell whether mergekit sees `merge_method: arma`, and why not.",
     "plan": "Show what a recipe does to every tensor, reading headers only.",
+    "report": "Write the HTML report of a tuning run again.",
+    "sweep": "Score averages with one alpha, and say which to use.",
     "tune": "Find the alphas of a recipe on real evaluations.",
 }
 

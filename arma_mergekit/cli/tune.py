@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
-import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,12 @@ from arma_mergekit.errors import UsageError
 
 if TYPE_CHECKING:
     from arma_mergekit.recipe import Recipe
-    from arma_mergekit.tune import Result
+    from arma_mergekit.run import MakeEngine
 
-__all__ = ["command"]
+__all__ = ["Names", "adjust", "cache_option", "cache_path", "command", "quiet_libraries", "recipe_name"]
 
 INFEASIBLE = 5  # exit code: no candidate keeps what was asked
+WAYS = ("balance", "maximize", "sum", "pareto")
 
 
 class Names(click.ParamType[list[str]]):
@@ -35,6 +37,38 @@ class Names(click.ParamType[list[str]]):
         return [word.strip() for word in str(value).split(",") if word.strip()]
 
 
+class Pairs(Names):
+    """`general=95%,domain=2 se` as a dictionary; texts that are numbers become numbers."""
+
+    name = "name=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Split at commas, then at the equals sign."""
+        if isinstance(value, dict):
+            return value
+        pairs = [word.partition("=") for word in super().convert(value, param, ctx)]
+        for name, _, text in pairs:
+            if not name.strip() or not text.strip():
+                self.fail(f"takes suite=value, as in domain=95%, but got {value!r}.", param, ctx)
+        return {name.strip(): number(text.strip()) for name, _, text in pairs}
+
+
+def number(text: str) -> float | str:
+    """A number where the text is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+cache_option = click.option(
+    "--cache",
+    default="default",
+    metavar="FILE|none",
+    help="Scores shared between runs.  [default: $ARMA_CACHE or ~/.cache/arma_mergekit]",
+)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option(
@@ -43,49 +77,129 @@ class Names(click.ParamType[list[str]]):
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Directory of the run.  [default: runs/<recipe>]"
 )
-@click.option("--searchers", type=Names(), help="random, grid, bayes, rl, gradient.  [default: the recipe's]")
+@click.option(
+    "--searchers", type=Names(), help="random, grid, bayes, cmaes, rl, gradient, ...  [default: the recipe's]"
+)
 @click.option("--trials", type=click.IntRange(1), help="Budget of each arm, in full evaluations.")
+@click.option(
+    "--more-trials", type=click.IntRange(1), help="Give every arm of a finished run this many more."
+)
 @click.option("--seeds", type=Names(), help="One arm per searcher and seed: 0,1,2.")
+@click.option("--balance", type=Names(), help="Balance these suites (default: all of --eval).")
 @click.option("--maximize", metavar="SUITE", help="Raise this suite ...")
 @click.option(
-    "--keep", metavar="SUITE=SHARE", multiple=True, help="... and keep this share of another: domain=95%."
+    "--keep", type=Pairs(), metavar="SUITE=BOUND", help="... and keep another: domain=95%, domain=2 se, ..."
+)
+@click.option(
+    "--sum", type=Pairs(), metavar="SUITE=WEIGHT", help="A weighted sum of shares: general=1,domain=2."
+)
+@click.option("--pareto", type=Names(), help="Search the front of these suites, and name picks of it.")
+@click.option(
+    "--groups", help="Space of attention: global, kind, block:6, layer, kernel, tensor, everything."
+)
+@click.option("--rest", help="Space of everything else: the same words, base, finetuned or a number.")
+@click.option("--bounds", type=(float, float), metavar="LOW HIGH", help="Range of every alpha.")
+@click.option("--allow-test-sets", is_flag=True, default=None, help="Steer by well-known test sets too.")
+@cache_option
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Score candidates in this process, or on a Ray cluster.",
+)
+@click.option("--workers", type=click.IntRange(1), help="Of ray: models at a time.  [default: one per GPU]")
+@click.option(
+    "--ray-address",
+    metavar="HOST:PORT|auto",
+    help="Of ray: the cluster to join.  [default: $RAY_ADDRESS, or one of its own]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json instead of tables.")
-def command(recipe: Path, suites: list[str], out: Path | None, as_json: bool, **overrides: Any) -> int:
+def command(
+    recipe: Path,
+    suites: list[str],
+    out: Path | None,
+    as_json: bool,
+    cache: str,
+    more_trials: int | None,
+    engine: str,
+    workers: int | None,
+    ray_address: str | None,
+    **overrides: Any,
+) -> int:
     """Find the alphas of RECIPE on real evaluations, and say whether they beat one-knob averaging.
 
     Writes tuned.yml (run it with mergekit-yaml), stock.yml (the same for a mergekit without this package),
-    summary.json and trials.jsonl. Start it again with the same recipe and it goes on where it stopped.
+    report.html, summary.json and trials.jsonl. Start it again with the same recipe and it goes on where it stopped.
     """
-    # before torch is imported: idle OpenMP threads that spin cost more than they give on few cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    quiet_libraries()
     from arma_mergekit.recipe import Recipe
 
     loaded = adjust(Recipe.load(recipe), overrides)
     out = out or Path("runs") / recipe_name(recipe)
-    from arma_mergekit.results import merge_command, write_results
-    from arma_mergekit.tune import Tuner
+    check_suites(suites)
+    from arma_mergekit.cli.log import Log
+    from arma_mergekit.cli.tables import render
+    from arma_mergekit.results import write_best, write_results
+    from arma_mergekit.run import open_run
 
-    log = Log(quiet=as_json)
+    make_engine = engine_maker(engine, workers, ray_address)
+    with open_run(loaded, suites, out, Log(quiet=as_json), cache_path(cache), make_engine) as tuner:
+        try:
+            result = tuner.run(more_trials)
+        except KeyboardInterrupt:
+            best = tuner.best_so_far()
+            if best is not None:
+                path = write_best(loaded, best, out)
+                click.echo(f"\nInterrupted. Best so far: {best.name}, in {path}; no verdict yet.", err=True)
+            click.echo("The same command goes on where this one stopped.", err=True)
+            raise
+        summary = write_results(tuner, result, out, command_line("arma-tune", recipe, suites, out))
+    click.echo(json.dumps(summary, indent=2) if as_json else render(result, summary))
+    if not as_json:
+        click.echo(f"Report: {out / 'report.html'}")
+    return 0 if result.best.feasible else INFEASIBLE
+
+
+def quiet_libraries() -> None:
+    """Before torch is imported: idle OpenMP threads that spin cost more than they give on few cores."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def engine_maker(name: str, workers: int | None, address: str | None) -> MakeEngine | None:
+    """Where candidates are scored; None for this process."""
+    if name == "ray":
+        from arma_mergekit.engines.ray import RayEngine
+
+        return partial(RayEngine, workers=workers, address=address)
+    if workers is not None or address is not None:
+        raise UsageError("--workers and --ray-address need --engine ray.")
+    return None
+
+
+def command_line(program: str, recipe: Path, suites: list[str], out: Path) -> str:
+    """What started the run, as it is typed; without the options if it was not typed."""
+    words = sys.argv[1:]
+    if str(recipe) in words:
+        return shlex.join([program, *words[words.index(str(recipe)) :]])
+    return shlex.join([program, str(recipe), "--eval", ",".join(suites), "--out", str(out)])
+
+
+def cache_path(text: str) -> Path | None:
+    """Where scores are shared; None for `none`."""
+    from arma_mergekit.cache import default_path
+
+    return {"none": None, "default": default_path()}.get(text, Path(text))
+
+
+def check_suites(suites: list[str]) -> None:
+    """UsageError unless there are some, each once."""
     if not suites or len(set(suites)) != len(suites):
         raise UsageError(
             f"--eval takes suites of the recipe, each once, but got {','.join(suites) or 'none'}."
         )
-    tuner = Tuner(loaded, suites, out, log)
-    try:
-        result = tuner.run()
-        summary = write_results(loaded, result, out)
-    finally:
-        tuner.journal.close()
-    keep = loaded.tune.objective.keep
-    click.echo(
-        json.dumps(summary, indent=2)
-        if as_json
-        else render(result, keep, merge_command(loaded, out / "tuned.yml"))
-    )
-    return 0 if result.best.feasible else INFEASIBLE
 
 
 def recipe_name(path: Path) -> str:
@@ -95,18 +209,25 @@ def recipe_name(path: Path) -> str:
 
 def adjust(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     """The recipe with what the command line says instead."""
-    changes: dict[str, Any] = {}
-    for key in ("searchers", "trials", "seeds"):
-        if overrides[key] is not None:
-            changes[key] = overrides[key]
-    if "seeds" in changes:
-        changes["seeds"] = [whole_number(seed) for seed in changes["seeds"]]
+    given = {key: value for key, value in overrides.items() if value is not None}
+    changes: dict[str, Any] = {k: given[k] for k in ("searchers", "trials", "allow_test_sets") if k in given}
+    if "seeds" in given:
+        changes["seeds"] = [whole_number(seed) for seed in given["seeds"]]
     if [] in changes.values():
         raise UsageError("--searchers and --seeds take at least one entry.")
-    if overrides["keep"] and not overrides["maximize"]:
+    ways = {way: given[way] for way in WAYS if way in given}
+    if len(ways) > 1:
+        raise UsageError(f"Give one of {', '.join(f'--{way}' for way in ways)}.")
+    if "keep" in given and "maximize" not in given:
         raise UsageError("--keep needs --maximize: which suite should rise while the other is kept?")
-    if overrides["maximize"]:
-        changes["objective"] = {"maximize": overrides["maximize"], "keep": dict(map(kept, overrides["keep"]))}
+    if ways:
+        changes["objective"] = ways | ({"keep": given["keep"]} if "keep" in given else {})
+    space = {key: given[key] for key in ("groups", "rest", "bounds") if key in given}
+    if space:
+        before = (recipe.raw.get("tune") or {}).get("space") or {}
+        changes["space"] = before | {k: list(v) if isinstance(v, tuple) else v for k, v in space.items()}
+        if "rest" in space:
+            changes["space"]["rest"] = number(space["rest"])
     return recipe.with_tune(changes)
 
 
@@ -115,145 +236,3 @@ def whole_number(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise UsageError(f"--seeds takes whole numbers, but got {text!r}.")
     return int(text)
-
-
-def kept(pair: str) -> tuple[str, str]:
-    """`domain=95%` as (domain, 95%)."""
-    suite, _, share = pair.partition("=")
-    if not suite or not share.strip().rstrip("%").replace(".", "", 1).isdecimal():
-        raise UsageError(f"--keep takes a suite and a share, as in domain=95%, but got {pair!r}.")
-    return suite, share
-
-
-class Log:
-    """Progress on stderr: a line that updates itself on a terminal, plain lines elsewhere."""
-
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet, self.live = quiet, sys.stderr.isatty()
-        self.arm, self.best, self.spent, self.seconds, self.shown = "", float("-inf"), 0.0, 0.0, 0.0
-        self.status = ""
-        self.best_shares: Mapping[str, float] = {}
-
-    def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
-        """Show one event of a run."""
-        if not self.quiet:
-            getattr(self, f"on_{event}")(facts)
-
-    def line(self, text: str, *, passing: bool = False) -> None:
-        """Print a line; a passing one is overwritten by the next on a terminal."""
-        end = "\r" if passing and self.live else "\n"
-        clear = "\x1b[2K" if self.live else ""
-        click.echo(f"{clear}{text}", err=True, nl=False)
-        click.echo(end, err=True, nl=False)
-
-    def on_warning(self, facts: Mapping[str, Any]) -> None:
-        """Something of the plan that is worth knowing."""
-        self.line(f"Warning: {facts['text']}")
-
-    def on_load(self, facts: Mapping[str, Any]) -> None:
-        """Models are being loaded."""
-        self.line(f"Loading {facts['base']} and {facts['tuned']}")
-
-    def on_separation(self, facts: Mapping[str, Any]) -> None:
-        """Which tasks can tell base from fine-tuned."""
-        self.line(f"\n{'task':<28}{'base':>9}{'fine-tuned':>12}{'separation of losses':>22}")
-        for found in facts["tasks"]:
-            note = "" if found.task in facts["steering"] else "   too weak to steer by: left out"
-            self.line(
-                f"{found.task:<28}{shown(found.base):>9}{shown(found.tuned):>12}{found.sigmas:>21.1f}σ{note}"
-            )
-        self.line("")
-
-    def on_trial(self, facts: Mapping[str, Any]) -> None:
-        """One trial was scored, or found in the journal."""
-        if facts["arm"] != self.arm:
-            if self.arm:
-                self.line(self.status)
-            self.arm, self.best, self.spent, self.seconds = facts["arm"], float("-inf"), 0.0, 0.0
-        self.spent += facts["cost"]
-        self.seconds += facts["seconds"]
-        if facts["reward"] is not None and facts["part"] is None and facts["reward"] > self.best:
-            self.best, self.best_shares = facts["reward"], facts["shares"]
-        self.status = self.describe(facts)
-        if time.monotonic() - self.shown > (0.2 if self.live else 10.0):
-            self.shown = time.monotonic()
-            self.line(self.status, passing=True)
-
-    def describe(self, facts: Mapping[str, Any]) -> str:
-        """`bayes  12.0/40 evaluations  best 0.812 (general 0.91, domain 0.74)  ETA 1:20`."""
-        budget = facts["budget"]
-        text = f"{self.arm:<24}{self.spent:>6.1f}{f'/{budget:g}' if budget else '':<4} evaluations"
-        if self.best > float("-inf"):
-            shares = ", ".join(f"{suite} {share:.2f}" for suite, share in self.best_shares.items())
-            text += f"   best {self.best:.3f} ({shares})"
-        if budget and facts["fresh"] and self.spent < budget:
-            left = int(self.seconds / self.spent * (budget - self.spent))
-            text += f"   ETA {left // 60}:{left % 60:02d}"
-        return text
-
-    def on_held(self, facts: Mapping[str, Any]) -> None:
-        """A finished candidate is scored on held-back items."""
-        if self.arm:
-            self.line(self.status)
-            self.arm = ""
-        self.line(f"Held-back items: {facts['name']}", passing=True)
-
-
-def render(result: Result, keep: Mapping[str, float], command: str) -> str:
-    """The table of held-back scores, the verdicts, and what to run next."""
-    lines = ["", *scores_table(result), "", *shares_table(result.shares), ""]
-    lines += [f"  {verdict.sentence}" for verdict in result.verdicts]
-    lines += [
-        "",
-        f"Best on the search items: {result.best.name} (*).",
-        *cautions(result, keep),
-        f"  {command}",
-    ]
-    return "\n".join(lines)
-
-
-def cautions(result: Result, keep: Mapping[str, float]) -> list[str]:
-    """What speaks against taking the best as it is."""
-    best, lines = result.best, []
-    for suite, least in keep.items():
-        if not best.feasible:
-            lines.append(
-                f"No candidate keeps {least:.0%} of {suite} on the search items; this one comes closest."
-            )
-        share = result.shares[best.name].get(suite)
-        if share is not None and share < least:
-            lines.append(f"On held-back items it keeps {share:.0%} of {suite}, not {least:.0%}.")
-    if best.name in ("base", "fine-tuned"):
-        lines.append(f"No average scores higher than {best.name} as it is.")
-    if any(v.name == best.name and not v.dominates for v in result.verdicts):
-        lines.append(f"It does not beat {result.rival.name} on held-back items: consider one-knob.yml.")
-    return lines
-
-
-def scores_table(result: Result) -> list[str]:
-    """Headline scores on held-back items."""
-    keys = list(result.candidates[0].held)
-    widths = [max(len(key), 15) + 2 for key in keys]
-    lines = ["Held-back items (score ± standard error; up is better)", ""]
-    lines.append(f"{'':<28}" + "".join(f"{key:>{w}}" for key, w in zip(keys, widths, strict=True)))
-    for candidate in result.candidates:
-        cells = [f"{shown(m.score)} ± {m.stderr:.3f}" for m in candidate.held.values()]
-        mark = "*" if candidate is result.best else " "
-        lines.append(
-            f"{mark} {candidate.name:<26}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))
-        )
-    return lines
-
-
-def shown(score: float) -> str:
-    """Three decimals, and no minus before a zero."""
-    return f"{round(score, 3) + 0.0:.3f}"
-
-
-def shares_table(shares: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Share kept of each suite: 0 % = the worse of base and fine-tuned, 100 % = the better."""
-    suites = list(next(iter(shares.values())))
-    lines = [f"{'Share kept':<28}" + "".join(f"{suite:>12}" for suite in suites)]
-    for name, row in shares.items():
-        lines.append(f"  {name:<26}" + "".join(f"{row[suite]:>11.0%} " for suite in suites))
-    return lines
