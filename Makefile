@@ -33,7 +33,7 @@ test-all: test
 
 bench: $(VENV)/.ready
 	$(BIN)/python recipes/icd10/build.py
-	$(BIN)/python benchmarks/icd10.py
+	$(BIN)/python benchmarks/cases.py --case icd10
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

@@ -1,25 +1,46 @@
-"""What a candidate costs: setting it in memory, scoring it, and a gradient over it, on the real case.
+"""What a candidate costs on the real case: setting it in memory, scoring it, a gradient; and what a run adds to that.
 
-OMP_WAIT_POLICY=passive python benchmarks/candidate.py
+    OMP_WAIT_POLICY=passive python benchmarks/candidate.py
+
+Overhead: share of a run's time in which the model does no forward pass (searcher, objective, losses, journal, setting
+tensors), models being loaded. The run is 20 evaluations of TPE in the sizes of benchmarks/searchers.py; about four
+minutes on two cores.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from common import CASES, SUITES, table
 
-from arma_mergekit.evals import make_suites
-from arma_mergekit.load import load_live, load_tokenizer
-from arma_mergekit.recipe import Recipe
-from arma_mergekit.roles import roles
-from arma_mergekit.scoring import Scorer
-from arma_mergekit.search.base import Query
-from arma_mergekit.space import make_space
+from arma_mergekit.engines.local import LocalEngine
+from arma_mergekit.run import open_run
+from arma_mergekit.worker import Job, Worker
 
-CASE = Path("recipes/icd10/recipe.yml")
+
+class Clock:
+    """Seconds a model has spent in forward passes: its own, or its body's alone."""
+
+    def __init__(self, model: Any) -> None:
+        self.seconds, self._depth, self._since = 0.0, 0, 0.0
+        for module in {model, getattr(model, model.base_model_prefix)}:
+            module.register_forward_pre_hook(self._enter)
+            module.register_forward_hook(self._leave)
+
+    def _enter(self, *_: Any) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            self._since = time.perf_counter()
+
+    def _leave(self, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.seconds += time.perf_counter() - self._since
 
 
 def seconds(call: Callable[[], object], times: int = 5) -> float:
@@ -32,25 +53,44 @@ def seconds(call: Callable[[], object], times: int = 5) -> float:
     return float(np.median(found))
 
 
+def candidate() -> str:
+    """Setting, scoring and gradient of a candidate all of whose alphas are new."""
+    worker = Worker(CASES["icd10"].load(0), SUITES)
+    about = worker.describe()
+    tasks = tuple(key for key, task in about.tasks.items() if not task.watch)
+    alphas = iter(np.random.default_rng(0).uniform(0.2, 0.9, (100, len(about.tensors))))
+
+    def score(gradient: bool = False) -> int:
+        return worker.do(Job(tuple(next(alphas)), tasks, gradient=gradient)).tokens
+
+    tokens = score()
+    setting = seconds(lambda: worker.live.set(next(alphas)))
+    scoring, gradient = seconds(score, 3), seconds(lambda: score(gradient=True), 3)
+    rows = {"setting every tensor": setting, "set and scored": scoring, "with gradient": gradient}
+    head = [f"{tokens:,} forward tokens, {len(about.tensors)} alphas", "seconds", "of scoring"]
+    return table(head, ([name, f"{t:.2f}", f"{t / scoring:.1%}"] for name, t in rows.items()))
+
+
+def overhead(trials: int = 20) -> float:
+    """1 - forward seconds / seconds, over a whole run."""
+    recipe = CASES["icd10"].load(0, small=True, searchers=["bayes"], trials=trials)
+    worker = Worker(recipe, SUITES)
+    clock = Clock(worker.live.model)
+    with (
+        tempfile.TemporaryDirectory() as out,
+        open_run(
+            recipe, SUITES, Path(out), lambda *_: None, make_engine=lambda *_: LocalEngine(worker)
+        ) as tuner,
+    ):
+        started = time.perf_counter()
+        tuner.run()
+        return 1 - clock.seconds / (time.perf_counter() - started)
+
+
 def main() -> None:
     """Print the table."""
-    recipe = Recipe.load(CASE)
-    loaded = load_live(recipe)
-    scorer = Scorer(loaded.live, make_suites(recipe, ["general", "domain"], load_tokenizer(recipe)), 0.5)
-    scorer.use_ends(scorer.measure_ends())
-    space = make_space(roles(loaded.tensors), "tensor", "tensor")
-    alphas = iter(np.random.default_rng(0).uniform(0.2, 0.9, (100, len(space.names))))
-    tokens = scorer.score(space, Query(tuple(next(alphas)))).tokens
-    setting = seconds(lambda: loaded.live.set(space.alphas(next(alphas))))
-    scoring = seconds(lambda: scorer.measure(scorer.steering), 3)
-    gradient = seconds(lambda: scorer.score(space, Query(tuple(next(alphas)), gradient=True)), 3)
-    print(f"| {tokens:,} forward tokens, {len(space.names)} alphas | seconds | of scoring |\n|---|---|---|")
-    for name, value in (
-        ("setting every tensor", setting),
-        ("scoring", scoring),
-        ("scoring with gradient", gradient),
-    ):
-        print(f"| {name} | {value:.2f} | {value / scoring:.1%} |")
+    print(candidate())
+    print(f"\nHarness overhead of a run: {overhead():.1%} of its time")
 
 
 if __name__ == "__main__":

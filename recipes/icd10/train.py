@@ -4,8 +4,9 @@ r"""Train the adapter in `adapter/`: a LoRA that learns ICD-10-CM codes and forg
     python recipes/icd10/train.py --seed 0 --out my-adapter
 
 Text: "Diagnosis: ...\nICD-10-CM: E11.65" for every code of chapters E, F, I, J and K that no suite asks for,
-tokenised as the suites tokenise it, and packed to rows of fixed length. Writes the adapter (bfloat16) and
-`log.jsonl` (loss and learning rate per step) to --out. About 16 minutes on one core (OMP_NUM_THREADS=1).
+tokenised as the suites tokenise it, and packed to rows of fixed length; or, with --text, prompts and answers of a
+JSONL file. Writes the adapter (bfloat16) and `log.jsonl` (loss and learning rate per step) to --out. About 16 minutes
+on one core (OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import icd
@@ -27,13 +29,29 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 HERE = Path(__file__).resolve().parent
 KERNELS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+Pair = tuple[str, str]  # prompt, answer
 
-def rows(tokenizer: PreTrainedTokenizerBase, seed: int, length: int, count: int) -> torch.Tensor:
-    """`count` rows of `length` tokens: the training text in a new random order each time round."""
+
+def codes() -> list[Pair]:
+    """Every code that no suite asks for."""
     left_out = icd.held_out()
-    pairs = [(icd.prompt(text), f" {code}") for code, text in icd.leaves().items() if code not in left_out]
+    return [(icd.prompt(text), f" {code}") for code, text in icd.leaves().items() if code not in left_out]
+
+
+def read(path: Path) -> list[Pair]:
+    """Prompts and answers of a JSONL file."""
+    items = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
+    return [(item["prompt"], item["answer"]) for item in items]
+
+
+def rows(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], seed: int, length: int, count: int
+) -> torch.Tensor:
+    """`count` rows of `length` tokens: the pairs in a new random order each time round."""
     end = [tokenizer.eos_token_id]
-    documents = [tokenizer(text)["input_ids"] + tokenizer(code)["input_ids"] + end for text, code in pairs]
+    documents = [
+        tokenizer(text)["input_ids"] + tokenizer(answer)["input_ids"] + end for text, answer in pairs
+    ]
     rng = random.Random(seed)
     stream: list[int] = []
     while len(stream) < length * count:
@@ -48,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--text", type=Path, help="JSONL of prompt and answer; without it, ICD-10-CM codes")
     parser.add_argument("--base", type=Path, default=HERE / "models" / "base")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=int, default=32)
@@ -65,7 +84,8 @@ def main() -> None:
     model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.0)
-    batches = rows(tokenizer, args.seed, args.length, args.steps * args.batch)
+    pairs = read(args.text) if args.text else codes()
+    batches = rows(tokenizer, pairs, args.seed, args.length, args.steps * args.batch)
 
     args.out.mkdir(parents=True, exist_ok=True)
     warmup, started = 20, time.time()
