@@ -409,9 +409,9 @@ class Tuner:
             for key, candidate in zip(keys, candidates, strict=True)
             if key not in self.journal
         }
-        self.progress("held", {"candidates": len(missing)})
-        for key, done in self._do(missing):
+        for number, (key, done) in enumerate(self._do(missing), 1):
             self.journal.append(key, {"held": dump(done.measured)} | costs([done]))
+            self.progress("held", {"done": number, "of": len(missing)})
         for key, candidate in zip(keys, candidates, strict=True):
             candidate.held = load(self.journal[key]["held"])
 

@@ -88,10 +88,9 @@ class Log:
             self.line(describe(key, standing), passing=True)
 
     def on_held(self, facts: Mapping[str, Any]) -> None:
-        """Finished candidates are scored on held-back items."""
+        """A finished candidate was scored on held-back items."""
         self._finish_line()
-        if facts["candidates"]:
-            self.line(f"Scoring {facts['candidates']} candidates on held-back items")
+        self.line(f"Held-back items: {facts['done']} of {facts['of']} candidates", passing=True)
 
     def _finish_line(self) -> None:
         if self.arm:
