@@ -374,3 +374,19 @@ def test_a_report_is_written_with_every_run(finished):
     page = (out / "report.html").read_text()
     assert "<html" in page
     assert "gradient" in page
+
+
+def test_a_regulariser_pulls_the_attention_of_what_is_found_toward_the_base(recipe, tmp_path):
+    text = recipe.read_text().replace("data: ", f"data: {recipe.parent}/")
+    found = {}
+    for weight in (0.0001, 3.0):
+        mine = tmp_path / f"{weight}.yml"
+        mine.write_text(f"{text}  regularizer: {{text: {recipe.parent}/general.jsonl, weight: {weight}}}\n")
+        out = tmp_path / str(weight)
+        assert invoke(mine, out, "--searchers", "gradient", "--trials", "12").exit_code == 0
+        best = full(journal(out), "gradient")
+        found[weight] = max(best, key=lambda r: r["reward"])["losses"]["regularizer/divergence:general"]
+        summary = json.loads((out / "summary.json").read_text())
+        assert all("regularizer" not in suite for c in summary["candidates"] for suite in c["share_kept"])
+        assert "regularizer/divergence:general" in summary["steering"]
+    assert found[3.0] < found[0.0001]
