@@ -31,7 +31,7 @@ from arma_mergekit.fingerprint import digest
 if TYPE_CHECKING:
     from arma_mergekit.worker import Job
 
-__all__ = ["EvalCache", "default_path"]
+__all__ = ["EvalCache", "default_path", "hashed"]
 
 Array = npt.NDArray[np.float64]
 Answer = tuple[Measured, Array | None]
@@ -112,15 +112,11 @@ def hashed(parts: Any) -> str:
 
 
 def pack(measured: Measured, slopes: Array | None) -> str:
-    """An answer as JSON; floats survive it exactly."""
-    columns = {k: getattr(measured, k).tolist() for k in ("loss", "value", "weight")}
-    slope = None if slopes is None else slopes.tolist()
-    return json.dumps({"ids": measured.ids, **columns, "tokens": measured.tokens, "slopes": slope})
+    """An answer as JSON."""
+    return json.dumps({**measured.to_json(), "slopes": None if slopes is None else slopes.tolist()})
 
 
 def unpack(text: str) -> Answer:
     """The other way."""
     found = json.loads(text)
-    loss, value, weight = (np.array(found[k], dtype=np.float64) for k in ("loss", "value", "weight"))
-    slopes = None if found["slopes"] is None else np.array(found["slopes"])
-    return Measured(tuple(found["ids"]), loss, value, weight, found["tokens"]), slopes
+    return Measured.from_json(found), None if found["slopes"] is None else np.array(found["slopes"])

@@ -13,16 +13,15 @@ on.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from arma_mergekit.arms import DECIMALS, Arm, Listed, Running
+from arma_mergekit.cache import hashed
 from arma_mergekit.engines import Engine
 from arma_mergekit.errors import RecipeError, RunError
 from arma_mergekit.evals import REGULARIZER
@@ -318,14 +317,9 @@ class Tuner:
     def _best(self, arms: Sequence[Arm]) -> Candidate:
         """The best of the trials of these arms that scored all search data; without alphas if there is none."""
         evaluations = sum(arm.spent for arm in arms)
-        found = [
-            self._candidate(arm, record, evaluations)
-            for arm in arms
-            for record, trial in zip(arm.records, arm.trials, strict=True)
-            if trial.full
-        ]
-        nothing = Candidate(arms[0].name, {}, None, feasible=False, evaluations=evaluations)
-        best = max(found, key=lambda c: c.rank, default=nothing)
+        nothing = Candidate(arms[0].name, {}, None, feasible=False)
+        best = max(self._trials(arms), key=lambda c: c.rank, default=nothing)
+        best.evaluations = evaluations
         if isinstance(arms[0].searcher, Listed) and best.alphas:
             best.name = f"{best.name} {min(best.alphas.values()):g}"
         return best
@@ -354,7 +348,7 @@ class Tuner:
         wanted = self.config.objective.pareto
         if not wanted:
             return {}
-        every = [*candidates, *self._trials()]
+        every = [*candidates, *self._trials(self.arms)]
         shares = [(c, {s: c.searched[s] for s in wanted}) for c in every]
         useful = [c for c in front(shares) if min(c.searched[s] for s in wanted) >= SAFE]
         if not useful:
@@ -362,11 +356,11 @@ class Tuner:
         names = {"safest": wanted[0]} | {f"best {suite}": suite for suite in wanted[1:]}
         picks = {name: max(useful, key=lambda c: c.searched[suite]) for name, suite in names.items()}
         picks["knee"] = max(useful, key=lambda c: c.rank)
-        return {name: renamed(c, f"{name} ({c.name})") for name, c in picks.items()}
+        return {name: replace(c, name=f"{name} ({c.name})") for name, c in picks.items()}
 
-    def _trials(self) -> Iterator[Candidate]:
-        """Every full trial of every arm."""
-        for arm in self.arms:
+    def _trials(self, arms: Sequence[Arm]) -> Iterator[Candidate]:
+        """Every full trial of these arms."""
+        for arm in arms:
             for record, trial in zip(arm.records, arm.trials, strict=True):
                 if trial.full:
                     yield self._candidate(arm, record, arm.spent)
@@ -456,19 +450,7 @@ def _sums(records: Sequence[Record]) -> tuple[int, float]:
 
 
 def _digest(candidate: Candidate) -> str:
-    return hashlib.sha256(json.dumps(candidate.alphas, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def renamed(candidate: Candidate, name: str) -> Candidate:
-    """The same merge under another name."""
-    return Candidate(
-        name,
-        candidate.alphas,
-        candidate.reward,
-        candidate.feasible,
-        candidate.evaluations,
-        candidate.searched,
-    )
+    return hashed(candidate.alphas)[:16]
 
 
 def costs(done: Any, more: int = 0) -> Record:
@@ -479,16 +461,9 @@ def costs(done: Any, more: int = 0) -> Record:
 
 def dump(scores: Scores) -> Record:
     """Scores as JSON."""
-    return {
-        key: {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in asdict(m).items()}
-        for key, m in scores.items()
-    }
+    return {key: m.to_json() for key, m in scores.items()}
 
 
 def load(data: Mapping[str, Any]) -> dict[str, Measured]:
     """Scores from JSON."""
-    scores = {}
-    for key, m in data.items():
-        loss, value, weight = (np.array(m[k], dtype=np.float64) for k in ("loss", "value", "weight"))
-        scores[key] = Measured(tuple(m["ids"]), loss, value, weight, m["tokens"])
-    return scores
+    return {key: Measured.from_json(m) for key, m in data.items()}

@@ -13,7 +13,7 @@ Searching uses losses, since they separate candidates that accuracies cannot; pe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,6 +48,17 @@ class Measured:
     value: Array
     weight: Array
     tokens: int
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Measured:
+        """What `to_json` was made of."""
+        loss, value, weight = (np.array(data[k], dtype=np.float64) for k in ("loss", "value", "weight"))
+        return cls(tuple(data["ids"]), loss, value, weight, data["tokens"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; floats survive JSON exactly."""
+        columns = {k: getattr(self, k).tolist() for k in ("loss", "value", "weight")}
+        return {"ids": list(self.ids), **columns, "tokens": self.tokens}
 
     @property
     def mean_loss(self) -> float:
