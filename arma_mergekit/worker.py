@@ -20,6 +20,7 @@ from arma_mergekit.evals import make_suites
 from arma_mergekit.evals.base import Measured, Part, Split, Task
 from arma_mergekit.load import load_live, load_tokenizer
 from arma_mergekit.recipe import Recipe
+from arma_mergekit.search.base import GRADIENT_COST
 
 if TYPE_CHECKING:
     from arma_mergekit.cache import EvalCache
@@ -136,7 +137,7 @@ class Worker:
             return Done({}, {}, 0, time.monotonic() - started, str(error))
         measured = {key: m for key, (m, _) in found.items()}
         slopes = {key: s for key, (_, s) in found.items() if s is not None}
-        tokens = (3 if job.gradient else 1) * sum(m.tokens for m in measured.values())
+        tokens = round((GRADIENT_COST if job.gradient else 1) * sum(m.tokens for m in measured.values()))
         heads, more = self._heads(job.alphas) if job.heads else ({}, 0)
         return Done(measured, slopes, tokens + more, time.monotonic() - started, heads=heads)
 

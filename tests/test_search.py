@@ -559,13 +559,13 @@ def test_rl_works_without_features_and_from_a_start_on_the_bounds():
 # ---------------------------------------------------------------------- slopes
 
 
-def test_slopes_asks_for_three_gradients_that_cost_six_evaluations():
-    test = quadratic(5, budget=16)
-    trials = run(make_searcher("rl:slopes", test.problem, 0), test.evaluate, 16)
+def test_slopes_asks_for_three_gradients_that_cost_eight_evaluations():
+    test = quadratic(5, budget=18)
+    trials = run(make_searcher("rl:slopes", test.problem, 0), test.evaluate, 18)
     asked = [t.query for t in trials if t.query.gradient]
     assert asked == [t.query for t in trials[:3]]
     assert [q.values[0] for q in asked] == [0.75, 0.0, 1.0]
-    assert sum(q.cost for q in asked) == 6
+    assert sum(q.cost for q in asked) == 8
     assert trials[0].full
     assert len(trials) == 3 + 10
 
@@ -583,11 +583,11 @@ def test_slopes_step_of_newton_ends_at_the_optimum_of_an_even_quadratic():
 
 @pytest.mark.parametrize("slope", [None, (float("nan"),) * 4])
 def test_slopes_without_slopes_still_searches_and_stays_finite(slope):
-    test = quadratic(4, budget=16)
+    test = quadratic(4, budget=20)
     trials = run(
         make_searcher("cmaes:slopes", test.problem, 0),
         lambda q: replace(test.evaluate(q), gradient=slope),
-        16,
+        20,
     )
     assert np.all(np.isfinite([t.query.values for t in trials]))
     assert len({t.query.values for t in trials}) > 10
@@ -705,13 +705,41 @@ def test_the_example_prints_that_the_agent_beats_random(example, capsys):
 # ---------------------------------------------------------------------- gradient
 
 
-def test_gradient_spends_its_budget_on_rotating_parts_and_keeps_full_scores():
+def test_gradient_takes_its_slopes_elsewhere_than_where_it_looks():
     test = quadratic(10, budget=24)
     trials = run(make_searcher("gradient", test.problem, 0), test.evaluate, 24)
-    assert 24 - 3 / 8 < sum(t.query.cost for t in trials) <= 24
-    parts = [t.query.part for t in trials if t.query.gradient]
-    assert parts[:9] == [(i % 8, 8) for i in range(9)]
-    assert [i for i, t in enumerate(trials) if t.full] == [0, 27, len(trials) - 2, len(trials) - 1]
+    assert 24 - 1 <= sum(t.query.cost for t in trials) <= 24
+    slopes = [t.query.part for t in trials if t.query.gradient]
+    assert slopes[:7] == [(i, 8) for i in (0, 1, 2, 4, 5, 6, 0)]
+    looks = [t.query.part for t in trials if not t.query.gradient and not t.full]
+    assert set(looks) == {(3, 4)}  # of 8 parts: 3 and 7
+    assert trials[-1].full
+
+
+@pytest.mark.parametrize(("parts", "slopes"), [(4, 3), (6, 3), (3, 1), (1, 1)])
+def test_gradient_holds_a_quarter_aside_where_the_data_can_be_cut_in_four(parts, slopes):
+    test = quadratic(10, budget=24, parts=parts)
+    trials = run(make_searcher("gradient", test.problem, 0), test.evaluate, 24)
+    assert len({t.query.part for t in trials if t.query.gradient}) == slopes
+    assert any(t.query.part == (3, 4) for t in trials) == (slopes == 3)
+
+
+def test_gradient_scores_in_full_what_looked_best_and_stops_when_looks_get_worse():
+    """What is held aside likes only the start's neighbourhood: the longer the walk, the worse."""
+    test = quadratic(4, budget=40)
+
+    def evaluate(query):
+        trial = test.evaluate(query)
+        if query.part != (3, 4):
+            return trial
+        return replace(trial, reward=-abs(sum(query.values) - sum(test.problem.start) - 0.3))
+
+    trials = run(make_searcher("gradient", test.problem, 0), evaluate, 40)
+    full = [i for i, t in enumerate(trials) if t.full]
+    looks = [t for t in trials[: full[0]] if t.query.part == (3, 4)]
+    assert trials[full[0]].query.values == max(looks, key=lambda t: t.reward).query.values
+    assert [t.reward < max(x.reward for x in looks) for t in looks[-3:]] == [True] * 3
+    assert full[0] < 30  # a third of the steps that the budget pays for
 
 
 @pytest.mark.parametrize("slope", [None, (float("nan"),) * 4])
@@ -758,13 +786,12 @@ def test_gradient_gives_back_what_no_longer_gains_anything(size):
     assert test.exact(best(trials).query.values) > 0.995
 
 
-def test_gradient_goes_on_with_the_rest_of_its_budget_after_its_longest_round():
-    test = quadratic(8, budget=50)
-    trials = run(make_searcher("gradient", test.problem, 0), test.evaluate, 50)
-    scores = [i for i, t in enumerate(trials) if t.full]
-    assert len(scores) > 4
-    assert trials[scores[3] + 1].query.values == best(trials[: scores[3] + 1]).query.values
-    assert trials[-1].full
+def test_gradient_goes_on_with_the_rest_of_its_budget_after_its_first_walk():
+    test = quadratic(8, budget=74)
+    trials = run(make_searcher("gradient", test.problem, 0), test.evaluate, 74)
+    first = next(i for i, t in enumerate(trials) if t.full)
+    assert trials[first + 1].query.values == trials[first].query.values
+    assert any(t.query.gradient for t in trials[first + 1 :])
 
 
 def test_gradient_halves_its_step_back_to_the_last_good_point_after_a_failure():
@@ -779,22 +806,15 @@ def test_gradient_halves_its_step_back_to_the_last_good_point_after_a_failure():
 
 
 def test_gradient_returns_to_the_start_when_it_diverged():
-    """Slopes that point the wrong way: the full score in the middle tells."""
+    """Slopes that point the wrong way: what is held aside tells."""
     test = quadratic(4, budget=24)
 
-    searcher = make_searcher("gradient", test.problem, 0)
-    full = []
-    while len(full) < 2:
-        trial = test.evaluate(searcher.ask())
-        if trial.full:
-            full.append(trial.reward)
-        else:
-            trial = replace(trial, gradient=tuple(-g for g in trial.gradient))
-        searcher.tell(trial)
-    assert full[1] < full[0]
-    assert searcher.ask().values == tuple(test.problem.start)
-    searcher.tell(Trial(searcher.ask(), None))
-    assert searcher.ask().values == tuple(test.problem.start)
+    def evaluate(query):
+        trial = test.evaluate(query)
+        return replace(trial, gradient=trial.gradient and tuple(-g for g in trial.gradient))
+
+    trials = run(make_searcher("gradient", test.problem, 0), evaluate, 24)
+    assert best(trials).query.values == tuple(test.problem.start)
 
 
 # ---------------------------------------------------------------------- who finds more

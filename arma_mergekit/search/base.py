@@ -21,9 +21,10 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Problem", "Query", "Searcher", "SearcherFactory", "Spending", "Trial"]
+__all__ = ["GRADIENT_COST", "Problem", "Query", "Searcher", "SearcherFactory", "Spending", "Trial"]
 
 Array = npt.NDArray[np.float64]
+GRADIENT_COST = 4.0  # measured: 2.8 to 4.5 on two cores (benchmarks/candidate.py)
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Problem:
 
     ``names`` (K,) of the values; ``low``, ``high``, ``start`` (K,) floats; ``features`` (K, F), standardised numbers
     that describe each value's group (depth, relative change, size, ...); ``budget``, the horizon to plan for, in full
-    evaluations, where one forward pass over all search data costs 1 and one with gradient 3 (asking may go on after
+    evaluations, where one forward pass over all search data costs 1 and one with gradient 4 (asking may go on after
     it); ``parts``, into how many parts of equal
     composition the search data can be cut for minibatches.
     """
@@ -54,8 +55,8 @@ class Problem:
 class Query:
     """A question to the evaluator: how good are these values?
 
-    ``gradient`` asks for dJ/dvalues too (cost: three forward passes instead of one); ``part`` = (i, n) asks about the
-    i-th of n parts of the search data only (cost: 1/n), None about all of it.
+    ``gradient`` asks for dJ/dvalues too (cost: GRADIENT_COST forward passes instead of one); ``part`` = (i, n) asks
+    about the i-th of n parts of the search data only (cost: 1/n), None about all of it.
     """
 
     values: tuple[float, ...]
@@ -65,7 +66,7 @@ class Query:
     @property
     def cost(self) -> float:
         """In full evaluations."""
-        return (3.0 if self.gradient else 1.0) / (self.part[1] if self.part else 1)
+        return (GRADIENT_COST if self.gradient else 1.0) / (self.part[1] if self.part else 1)
 
 
 @dataclass(frozen=True)
