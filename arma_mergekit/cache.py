@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from arma_mergekit.digest import cache_directory
 from arma_mergekit.errors import RunError
 from arma_mergekit.evals.base import Measured, Task
-from arma_mergekit.fingerprint import digest
 
 if TYPE_CHECKING:
     from arma_mergekit.worker import Job
@@ -36,16 +35,12 @@ __all__ = ["EvalCache", "default_path", "hashed"]
 Array = npt.NDArray[np.float64]
 Answer = tuple[Measured, Array | None]
 
-TABLES = (
-    "CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, record TEXT NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, state TEXT NOT NULL, digest TEXT NOT NULL)",
-)
+TABLE = "CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, record TEXT NOT NULL)"
 
 
 def default_path() -> Path:
-    """`$ARMA_CACHE/evals.sqlite`, else in the user's cache directory."""
-    root = os.environ.get("ARMA_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "arma_mergekit") / "evals.sqlite"
+    """The user's."""
+    return cache_directory() / "evals.sqlite"
 
 
 class EvalCache:
@@ -57,8 +52,7 @@ class EvalCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._base = sqlite3.connect(path, timeout=60, isolation_level=None)
-            for table in TABLES:
-                self._base.execute(table)
+            self._base.execute(TABLE)
         except (OSError, sqlite3.Error) as error:
             raise RunError(
                 f"Cannot use the evaluation cache {path} ({error}); give --cache none, or delete it."
@@ -87,19 +81,6 @@ class EvalCache:
     def _get(self, key: str) -> Answer | None:
         row = self._base.execute("SELECT record FROM scores WHERE key = ?", (key,)).fetchone()
         return None if row is None else unpack(row[0])
-
-    def file_digest(self, path: Path) -> str:
-        """Digest of a file, computed again only if its size, time of change or inode is another."""
-        status = path.stat()
-        state = f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
-        name = str(path.resolve())
-        row = self._base.execute("SELECT state, digest FROM files WHERE path = ?", (name,)).fetchone()
-        if row is not None and row[0] == state:
-            return str(row[1])
-        found = digest(path)
-        with contextlib.suppress(sqlite3.Error):
-            self._base.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", (name, state, found))
-        return found
 
     def close(self) -> None:
         """Close the file."""

@@ -8,7 +8,8 @@
     │   └── DataError             evaluation data
     └── RunError              4   a tuning run that cannot start, go on, or be found
 
-`arma-tune` also ends with 5 when no candidate keeps what `keep` asks for, and 130 when interrupted.
+Commands also end with 5 when nothing keeps what `keep` asks for, 6 when nothing beats averaging with one knob (`--ci`
+and `gate`), 7 when a checkpoint scores less than its lock promises (`gate`), 130 when interrupted and 143 when ended.
 
 Every message is one sentence (or a list of them) that names the file, the thing in it, and the remedy.
 """

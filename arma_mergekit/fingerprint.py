@@ -1,33 +1,26 @@
-"""What makes a run the same run, and digests of files.
+"""What makes a run the same run: flat facts of its recipe, data and models.
 
-It knows recipes and files. Hashing a large checkpoint takes minutes, so digests are remembered by path, size and time
-of change, as `make` does.
+It knows recipes and files.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arma_mergekit import __version__
-from arma_mergekit.errors import DataError
+from arma_mergekit.digest import DigestMemo, sha256_of
 from arma_mergekit.evals import suite_specs
 from arma_mergekit.plan import Plan
 from arma_mergekit.recipe import Recipe
 
-if TYPE_CHECKING:
-    from arma_mergekit.cache import EvalCache
-
-__all__ = ["digest", "fingerprint"]
+__all__ = ["fingerprint"]
 
 BUDGET = ("trials", "seeds", "searchers")  # may change from one start of a run to the next
 
 
-def fingerprint(
-    recipe: Recipe, suites: Sequence[str], planned: Plan, cache: EvalCache | None = None
-) -> dict[str, Any]:
+def fingerprint(recipe: Recipe, suites: Sequence[str], planned: Plan, memo: DigestMemo) -> dict[str, Any]:
     """Flat facts: every entry of the recipe but the budget, suites, digests of data and models, version."""
     content = recipe.model_dump(mode="json", exclude_none=True)
     for key in BUDGET:
@@ -42,10 +35,10 @@ def fingerprint(
         paths.add(recipe.tune.regularizer.text)
     for path in sorted(paths):
         for file in files(recipe.data_path(path)):
-            facts[f"data {path}: {file.name}"] = digest(file)
+            facts[f"data {path}: {file.name}"] = sha256_of(file)
     for model in [planned.base, *planned.finetuned] if planned.base else []:
         for file in model.files:
-            facts[f"model {model.ref}: {file.name}"] = cache.file_digest(file) if cache else digest(file)
+            facts[f"model {model.ref}: {file.name}"] = memo.digest(file)
     return facts | {"suites": sorted(suites), "version": __version__}
 
 
@@ -64,15 +57,3 @@ def flat(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(row, f"{name}.{k}")
     else:
         yield name, content
-
-
-def digest(path: Path) -> str:
-    """Half of a file's sha256, in hex."""
-    found = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
-    return found.hexdigest()[:32]

@@ -32,7 +32,18 @@ from arma_mergekit.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["average", "average_numpy", "narrow", "one_thread", "round_alpha", "sole_operand", "widen"]
+__all__ = [
+    "CHUNK",
+    "average",
+    "average_block",
+    "average_numpy",
+    "narrow",
+    "one_thread",
+    "round_alpha",
+    "scratch",
+    "sole_operand",
+    "widen",
+]
 
 CHUNK = 1 << 18  # elements: three float32 buffers of 1 MiB stay in a core's cache
 LARGEST_BF16 = 3.3895313892515355e38
@@ -149,45 +160,72 @@ def average_numpy(
     only = sole_operand(alphas)
     if only is not None:
         return base if only < 0 else tuned[only]
-    used = [(t.reshape(-1), a) for t, a in _used(tuned, alphas)]
     out = np.empty(base.shape, base.dtype)
-    flat, result = base.reshape(-1), out.reshape(-1)
-    wide = np.float64 if any(t.dtype.itemsize > 2 for t in (base, *tuned)) else np.float32
-    largest = LARGEST_BF16 if base.dtype == np.uint16 else float(np.finfo(base.dtype).max)
-    size = min(base.size, CHUNK)
-    buffers = np.empty((4, size), wide)
-    for start in range(0, base.size, size or 1):
-        part = slice(start, min(start + size, base.size))
-        origin, other, scratch, total = buffers[:, : part.stop - start]
-        widen(flat[part], origin)
-        before = origin
-        for tensor, alpha in used:
-            widen(tensor[part], other)
-            _add_delta(np, before, origin, other, alpha, scratch, out=total)
-            before = total
-        if check:
-            _check_finite(float(total.min()), float(total.max()), largest)
-        narrow(total, result[part])
+    flat, result, others = base.reshape(-1), out.reshape(-1), [t.reshape(-1) for t in tuned]
+    buffers = scratch(min(base.size, CHUNK), base, *tuned)
+    for start in range(0, base.size, CHUNK):
+        part = slice(start, start + CHUNK)
+        average_block(flat[part], [t[part] for t in others], alphas, result[part], buffers, check=check)
     return out
+
+
+def scratch(size: int, *operands: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Buffers (3, size) for `average_block` of such operands."""
+    return np.empty((3, size), np.float64 if any(t.dtype.itemsize > 2 for t in operands) else np.float32)
+
+
+def average_block(
+    base: np.ndarray[Any, Any],
+    tuned: Sequence[np.ndarray[Any, Any]],
+    alphas: Sequence[float],
+    out: np.ndarray[Any, Any],
+    buffers: np.ndarray[Any, Any],
+    *,
+    check: bool = True,
+) -> None:
+    """`average_numpy` of at most `CHUNK` elements (n,), into ``out``; buffers from `scratch` make nothing new."""
+    origin, other, total = buffers[:, : base.size]
+    widen(base, origin)
+    used = _used(tuned, alphas)
+    before = origin
+    with np.errstate(over="ignore", invalid="ignore"):  # `check` says it in words
+        for tensor, alpha in used:
+            widen(tensor, other)
+            after = origin if len(used) == 1 else total  # several models need the origin to the end
+            _add_delta(np, before, origin, other, alpha, other, out=after)
+            before = after
+        if check and base.size:
+            largest = LARGEST_BF16 if out.dtype == np.uint16 else float(np.finfo(out.dtype).max)
+            _check_finite(float(before.min()), float(before.max()), largest)
+        narrow(before, out, other)
 
 
 def widen(source: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
     """Exact conversion to the arithmetic's dtype; a bf16 is the upper half of a float32."""
-    if source.dtype == np.uint16:
-        bits = source.astype(np.uint32)
+    if source.dtype != np.uint16:
+        out[:] = source
+    elif out.dtype == np.float32:
+        bits = out.view(np.uint32)
+        bits[:] = source
         bits <<= 16
-        out[:] = bits.view(np.float32)
     else:
-        out[:] = source
+        out[:] = (source.astype(np.uint32) << 16).view(np.float32)
 
 
-def narrow(source: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
-    """One rounding to nearest even, into ``out``."""
+def narrow(
+    source: np.ndarray[Any, Any], out: np.ndarray[Any, Any], spare: np.ndarray[Any, Any] | None = None
+) -> None:
+    """Rounding to nearest even, into ``out``; ``spare``, like the source, is overwritten."""
     if out.dtype != np.uint16:
-        out[:] = source
+        # to half through float32, which rounds twice, because torch does
+        out[:] = source.astype(np.float32) if out.itemsize < source.itemsize // 2 else source
         return
     bits = source.astype(np.float32, copy=False).view(np.uint32)
-    odd = (bits >> 16) & 1
-    odd += 0x7FFF
-    odd += bits
-    out[:] = odd >> 16
+    same = spare is not None and spare.dtype == np.float32
+    rounded = spare.view(np.uint32) if spare is not None and same else np.empty_like(bits)
+    np.right_shift(bits, 16, out=rounded)
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    np.copyto(out, rounded, casting="unsafe")

@@ -76,6 +76,8 @@ def summary(tuner: Tuner, result: Result) -> dict[str, Any]:
     return {
         "version": __version__,
         "recipe": str(recipe.path),
+        "recipe_content": recipe.raw,
+        "weights": {key: task.weight for key, task in tuner.about.tasks.items()},
         "best": result.best.name,
         "rival": result.rival.name,
         "feasible": result.best.feasible,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from arma_mergekit.cache import EvalCache
+from arma_mergekit.digest import DigestMemo
 from arma_mergekit.engines import Engine
 from arma_mergekit.evals import check_test_sets
 from arma_mergekit.fingerprint import fingerprint
@@ -41,7 +42,8 @@ def open_run(
     progress("load", {"base": recipe.base_model, "tuned": recipe.finetuned[0].model})
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(contextlib.closing(EvalCache(cache))) if cache else None
-        facts = fingerprint(recipe, suites, planned, store)
+        memo = stack.enter_context(contextlib.closing(DigestMemo.default() if cache else DigestMemo()))
+        facts = fingerprint(recipe, suites, planned, memo)
         if store is not None:
             store.describe({k: v for k, v in facts.items() if k.startswith("model ")})
         engine = (make_engine or local_engine)(recipe, suites, store)

@@ -15,17 +15,20 @@ ROOT = Path(arma_mergekit.__file__).parent
 
 # A module imports from its own line or from those above it. `recipes` of a new module: put it where its imports allow.
 LAYERS = (
-    ("errors", "kernel", "roles", "space", "objective"),
+    ("errors", "kernel", "roles", "space", "objective", "digest"),
     ("checkpoint", "attention", "search", "trials"),
     ("recipe", "plan", "live", "evals"),
-    ("export", "load", "merge", "method", "scoring", "verdict", "fingerprint", "cache", "worker", "engines"),
-    ("arms", "tune", "continual", "siamese"),
-    ("plugin", "report", "results", "run"),
+    ("merge", "method"),
+    ("executor",),
+    ("export", "load", "scoring", "verdict", "fingerprint", "cache", "worker", "engines"),
+    ("arms", "tune", "averaging", "difference", "continual", "siamese"),
+    ("plugin", "report", "evaluation", "card", "results", "run", "ci", "gate"),
     ("cli", "mergekit_yaml", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 KNOW_MERGEKIT = {
     "method",
+    "executor",
     "plugin",
     "mergekit_yaml",
     "cli",

@@ -168,6 +168,7 @@ def test_no_arm_overspends_and_an_extended_one_asks_on(tmp_path, name, workers):
     assert {k: q for k, q in questions(path).items() if k in asked} == asked
     if name != "grid":  # which has no further question
         assert first > TRIALS - 3
+    if name not in ("grid", "gradient"):  # which ends when a walk gains nothing
         assert spent(path) > TRIALS
 
 

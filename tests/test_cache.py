@@ -118,16 +118,6 @@ def test_a_task_that_does_not_say_what_it_depends_on_is_never_kept(worker, compu
     assert computed.count("domain/generate:sums") == 1
 
 
-def test_files_are_hashed_again_when_they_change(tmp_path):
-    cache, file = EvalCache(tmp_path / "evals.sqlite"), tmp_path / "weights"
-    file.write_bytes(b"one")
-    first = cache.file_digest(file)
-    assert cache.file_digest(file) == first
-    file.write_bytes(b"other")
-    assert cache.file_digest(file) != first
-    cache.close()
-
-
 def test_a_file_that_is_no_cache_is_refused_in_a_sentence(tmp_path):
     (tmp_path / "evals.sqlite").write_text("hello " * 200)
     with pytest.raises(RunError, match=r"Cannot use the evaluation cache .*--cache none"):

@@ -262,7 +262,7 @@ def test_every_arm_starts_at_the_best_alpha_for_everything(finished):
 
 
 def test_a_front_has_picks_that_nothing_else_beats_and_a_recipe_for_each(recipe, tmp_path):
-    options = ["--pareto", SUITES, "--searchers", "random,gradient", "--trials", "9"]
+    options = ["--pareto", SUITES, "--searchers", "random,gradient", "--trials", "14"]
     run = invoke(recipe, tmp_path, *options)
     assert run.exit_code == 0
     found = json.loads((tmp_path / "summary.json").read_text())

@@ -15,6 +15,7 @@ the base) is refused.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -27,11 +28,12 @@ import numpy.typing as npt
 
 from arma_mergekit.checkpoint.header import FLOATS, TensorInfo, read_header, read_json
 from arma_mergekit.checkpoint.locate import ModelReference, contained, locate, readable
-from arma_mergekit.checkpoint.model import Checkpoint, read_tensor, some
+from arma_mergekit.checkpoint.model import NUMPY, Checkpoint, some
+from arma_mergekit.checkpoint.read import read_into
 from arma_mergekit.errors import CheckpointError
 from arma_mergekit.kernel import LARGEST_BF16, narrow, widen
 
-__all__ = ["AdaptedCheckpoint", "Factors", "open_model"]
+__all__ = ["AdaptedCheckpoint", "Factors", "Product", "open_model"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -41,6 +43,8 @@ KEY = re.compile(
 REMEDY = "merge it with PEFT's merge_and_unload and name the resulting directory"
 PLAIN_INIT = (True, False, None, "gaussian", "eva")  # those that leave the base's weights as they are
 CHUNK = 1 << 20  # elements folded at a time
+LARGEST_SETTING = 1e9
+SHOWN = 60  # characters of a value in a sentence
 # options of PEFT's LoraConfig under which W + scale * B A is not what the adapter computes
 REFUSED = (
     "use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
@@ -75,6 +79,12 @@ class AdaptedCheckpoint(Checkpoint):
         base = super().read(name)
         factors = self.factors.get(name)
         return base if factors is None else _fold(self.tensors[name], base, factors)
+
+    @property
+    def directories(self) -> dict[str, Path]:
+        """Those of the model and of the adapter, by their references."""
+        model, _, adapter = self.ref.partition("+")
+        return {model: self.path, adapter: next(iter(self.factors.values())).a.file.parent}
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -113,7 +123,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if config.get("init_lora_weights", True) not in PLAIN_INIT:
         used.append("init_lora_weights")
     if used:
-        settings = ", ".join(f"{key} {config[key]!r}" for key in used)
+        settings = ", ".join(f"{key} {shortened(config[key])}" for key in used)
         raise CheckpointError(f"{file}: {settings} makes it more than B A added to weights; {REMEDY}.")
     return config
 
@@ -200,9 +210,15 @@ def _overridden(where: str, module: str, config: Mapping[str, Any], patterns: st
         (v for pattern, v in table.items() if _matches(f"{where}, {patterns}", pattern, module)),
         config.get(default, 8),
     )
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CheckpointError(f"{where}: {default} in {CONFIG} must be a number, but got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST_SETTING:
+        raise CheckpointError(f"{where}: {default} in {CONFIG} must be a number, but got {shortened(value)}.")
     return value
+
+
+def shortened(value: Any) -> str:
+    """A value of a file, at a length that fits into a sentence."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def _matches(where: str, pattern: str, module: str) -> bool:
@@ -218,9 +234,42 @@ def _matches(where: str, pattern: str, module: str) -> bool:
         ) from error
 
 
-def _wide(tensor: TensorInfo) -> npt.NDArray[np.float64]:
-    """A factor in float64; exact."""
-    array = read_tensor(tensor)
+class Product:
+    """scale * B A of one weight, some of its rows at a time."""
+
+    def __init__(self, weight: TensorInfo, factors: Factors) -> None:
+        left, right = _read(factors.b), _read(factors.a)
+        self._left: npt.NDArray[Any]
+        self._left, right = (right.T, left.T) if factors.transposed else (left, right)
+        self._right = _wide(right)
+        self._weight, self._factors = weight, factors
+
+    def add(self, base: npt.NDArray[Any], out: npt.NDArray[Any], row: int) -> None:
+        """``out`` = ``base`` + scale * B A, both (k, in) from ``row`` on; CheckpointError if that is not finite."""
+        delta = (_wide(self._left[row : row + len(base)]) @ self._right).astype(
+            np.float64 if self._weight.dtype == "F64" else np.float32
+        )
+        delta *= delta.dtype.type(self._factors.scale)
+        total = np.empty_like(delta)
+        widen(base, total)
+        total += delta
+        largest = LARGEST_BF16 if self._weight.dtype == "BF16" else float(np.finfo(base.dtype).max)
+        if not (np.abs(total, out=delta) <= largest).all():  # NaN fails too
+            raise CheckpointError(
+                f"{self._weight.file}, tensor {self._weight.name!r}: with adapter {self._factors.b.file} its values "
+                f"are not finite or exceed {largest:g}; one of the two is broken."
+            )
+        narrow(total, out)
+
+
+def _read(factor: TensorInfo) -> npt.NDArray[Any]:
+    out = np.empty(factor.shape, np.dtype(NUMPY[factor.dtype]))
+    read_into(factor.file, factor.start, out)
+    return out
+
+
+def _wide(array: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Part of a factor in float64; exact."""
     out = np.empty(array.shape, np.float64)
     widen(array, out)
     return out
@@ -228,24 +277,8 @@ def _wide(tensor: TensorInfo) -> npt.NDArray[np.float64]:
 
 def _fold(weight: TensorInfo, base: npt.NDArray[Any], factors: Factors) -> npt.NDArray[Any]:
     """W + scale * B A, a block of rows at a time."""
-    left, right = _wide(factors.b), _wide(factors.a)
-    if factors.transposed:
-        left, right = right.T, left.T
-    out = np.empty(base.shape, base.dtype)
-    kind = np.float64 if weight.dtype == "F64" else np.float32
-    largest = LARGEST_BF16 if weight.dtype == "BF16" else float(np.finfo(base.dtype).max)
+    product, out = Product(weight, factors), np.empty(base.shape, base.dtype)
     rows = max(1, CHUNK // base.shape[1])
-    for start in range(0, base.shape[0], rows):
-        part = slice(start, start + rows)
-        delta = (left[part] @ right).astype(kind)
-        delta *= kind(factors.scale)
-        total = np.empty_like(delta)
-        widen(base[part], total)
-        total += delta
-        if not (np.abs(total) <= largest).all():  # NaN fails too
-            raise CheckpointError(
-                f"{weight.file}, tensor {weight.name!r}: with adapter {factors.b.file} its values are not "
-                f"finite or exceed {largest:g}; one of the two is broken."
-            )
-        narrow(total, out[part])
+    for row in range(0, base.shape[0], rows):
+        product.add(base[row : row + rows], out[row : row + rows], row)
     return out

@@ -21,11 +21,13 @@ from typing import Any, NoReturn
 
 from arma_mergekit.errors import CheckpointError, unknown
 
-__all__ = ["DTYPE_BITS", "FLOATS", "TensorInfo", "read_header", "read_json"]
+__all__ = ["DTYPE_BITS", "FLOATS", "TensorInfo", "read_header", "read_json", "read_metadata"]
 
 HEADER_LIMIT = 100_000_000  # the safetensors library's own
-JSON_LIMIT = 100_000_000
+JSON_LIMIT = 20_000_000
+MOST_LISTS = 2_000_000  # in a header: two for each tensor
 LONGEST_NAME = 500
+MOST_DIMENSIONS = 64
 DTYPE_BITS: Mapping[str, int] = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -71,6 +73,8 @@ class TensorInfo:
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Tensors of a safetensors file, in the order of their bytes; CheckpointError at the first lie."""
     raw, size = _header_bytes(file)
+    if raw.count(b"[") + raw.count(b"{") > MOST_LISTS:
+        raise CheckpointError(f"{file} has a header of more parts than any model has; download it again.")
     header = _parse(raw, str(file), _no_constant)
     if not isinstance(header, dict):
         raise CheckpointError(
@@ -83,6 +87,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     tensors.sort(key=lambda t: (t.start, t.stop))
     _check_layout(file, tensors, 8 + len(raw), size)
     return {t.name: t for t in tensors}
+
+
+def read_metadata(file: Path) -> tuple[dict[str, str], bytes]:
+    """`__metadata__` of a file whose header was read before, and the header's bytes."""
+    raw, _ = _header_bytes(file)
+    metadata: dict[str, str] = _parse(raw, str(file), _no_constant).get("__metadata__", {})
+    return metadata, raw
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -147,7 +158,7 @@ def _parse(raw: bytes, what: str, constant: Callable[[str], Any] = float) -> Any
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _tensor(file: Path, name: str, entry: Any, data: int) -> TensorInfo:
@@ -163,10 +174,9 @@ def _tensor(file: Path, name: str, entry: Any, data: int) -> TensorInfo:
         raise CheckpointError(f"{where}: needs dtype, shape and data_offsets; save the checkpoint again.")
     if dtype not in DTYPE_BITS:
         raise CheckpointError(f"{where}: {unknown('dtype', dtype, DTYPE_BITS)}")
-    if not all(map(_is_count, shape)) or not all(map(_is_count, offsets)) or len(offsets) != 2:
-        raise CheckpointError(
-            f"{where}: shape and offsets must be whole numbers >= 0, but got {shape} and {offsets}."
-        )
+    counts = all(map(_is_count, (*shape, *offsets)))
+    if not counts or len(offsets) != 2 or len(shape) > MOST_DIMENSIONS:
+        raise CheckpointError(f"{where}: shape and offsets must be whole numbers >= 0 (below 2^63, and few).")
     start, stop = offsets
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (stop - start):

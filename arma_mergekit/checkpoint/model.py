@@ -48,6 +48,11 @@ class Checkpoint:
             sorted(weights | {p for n in ("config.json", "tokenizer.json") if (p := self.path / n).is_file()})
         )
 
+    @property
+    def directories(self) -> dict[str, Path]:
+        """Where it is, by its reference."""
+        return {self.ref: self.path}
+
     @classmethod
     def open(cls, ref: str, base_dir: Path | None = None) -> Checkpoint:
         """Read config and headers; CheckpointError with every file that is wrong, one sentence a line.
@@ -59,8 +64,12 @@ class Checkpoint:
         if reference.adapter is not None:
             raise CheckpointError(f"{ref} has an adapter; open it with open_model.")
         with readable(ref):
-            path = locate(reference.model, reference.revision, base_dir)
-            return cls(ref, path, read_json(_existing(path, "config.json")), tensors_of(path))
+            return cls.at(locate(reference.model, reference.revision, base_dir), ref)
+
+    @classmethod
+    def at(cls, path: Path, ref: str | None = None) -> Checkpoint:
+        """The model in a directory, whatever characters are in its name."""
+        return cls(ref or str(path), path, read_json(_existing(path, "config.json")), tensors_of(path))
 
     def bytes_read(self, name: str) -> int:
         """Bytes of files that reading this tensor touches."""
@@ -146,6 +155,10 @@ def _shard(path: Path, shard: str) -> dict[str, TensorInfo]:
             f"{path / INDEX} lists the pickled shard {shard}, which is never opened; use safetensors."
         )
     file = contained(path, shard)
+    if not shard.endswith(".safetensors") or not shard.isprintable():
+        raise CheckpointError(
+            f"{path / INDEX} lists the shard {shard[:60]!r}, which is no .safetensors file."
+        )
     if not file.is_file():
         raise CheckpointError(f"Shard {file} is missing though {INDEX} lists it; download it again.")
     return read_header(file)

@@ -6,6 +6,7 @@ A command lives in a module of this package and is imported when it is called, s
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from typing import Any
 
@@ -16,11 +17,17 @@ from arma_mergekit.errors import ArmaError, unknown
 
 __all__ = ["COMMANDS", "main", "tune"]
 
+TERMINATED = 143  # exit code, as shells have it
 COMMANDS = {
     "doctor": "Tell whether mergekit sees `merge_method: arma`, and why not.",
+    "merge": "Merge a recipe into a directory, at copy speed.",
+    "gate": "Tell whether a merged checkpoint scores what was promised.",
+    "inspect": "Show where two models differ, by layer, projection and head.",
     "plan": "Show what a recipe does to every tensor, reading headers only.",
     "report": "Write the HTML report of a tuning run again.",
+    "reproduce": "Merge again what a lock describes, and compare.",
     "sweep": "Score averages with one alpha, and say which to use.",
+    "verify": "Tell whether a merged directory is what its recipe says.",
     "tune": "Find the alphas of a recipe on real evaluations.",
 }
 
@@ -54,6 +61,9 @@ def cli() -> None:
 
 def run(command: click.Command, name: str, args: list[str] | None = None) -> None:
     """Run a command and exit: 0, or the code of the error (errors.py), its sentence on stderr."""
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(TERMINATED)
+    )  # as Ctrl-C does, so that drafts are removed
     try:
         result: Any = command.main(args, prog_name=name, standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)

@@ -63,7 +63,8 @@ def render(plan: Plan, recipe: Path) -> str:
 
 def _header(plan: Plan, recipe: Path) -> list[str]:
     assert plan.base is not None
-    kind = (plan.base.config.get("architectures") or [plan.base.config.get("model_type", "model")])[0]
+    named = plan.base.config.get("architectures")
+    kind = named[0] if isinstance(named, list) and named else plan.base.config.get("model_type", "model")
     layers = len({(t.role.stack, t.role.layer) for t in plan.tensors if t.role.layer is not None})
     parameters = count(sum(t.numel for t in plan.tensors))
     facts = (

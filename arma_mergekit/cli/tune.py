@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -16,8 +17,10 @@ import click
 from arma_mergekit.errors import UsageError
 
 if TYPE_CHECKING:
+    from arma_mergekit.cli.publish import Publisher
     from arma_mergekit.recipe import Recipe
     from arma_mergekit.run import MakeEngine
+    from arma_mergekit.tune import Progress, Result
 
 __all__ = ["Names", "adjust", "cache_option", "cache_path", "command", "quiet_libraries", "recipe_name"]
 
@@ -114,11 +117,17 @@ cache_option = click.option(
     metavar="HOST:PORT|auto",
     help="Of ray: the cluster to join.  [default: $RAY_ADDRESS, or one of its own]",
 )
+@click.option(
+    "--ci",
+    is_flag=True,
+    help="For a build server: plain log, junit.xml and summary.md too, exit code 6 if one knob does as well.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json instead of tables.")
 def command(
     recipe: Path,
     suites: list[str],
     out: Path | None,
+    ci: bool,
     as_json: bool,
     cache: str,
     more_trials: int | None,
@@ -133,32 +142,65 @@ def command(
     report.html, summary.json and trials.jsonl. Start it again with the same recipe and it goes on where it stopped.
     """
     quiet_libraries()
+    from arma_mergekit.cli.log import Log
+    from arma_mergekit.cli.publish import Publisher
+    from arma_mergekit.cli.tables import render
     from arma_mergekit.recipe import Recipe
 
-    loaded = adjust(Recipe.load(recipe), overrides)
-    out = out or Path("runs") / recipe_name(recipe)
-    check_suites(suites)
-    from arma_mergekit.cli.log import Log
-    from arma_mergekit.cli.tables import render
+    out, log = out or Path("runs") / recipe_name(recipe), Log(quiet=as_json)
+    log.live = log.live and not ci
+    publisher = Publisher("arma-tune", out / "junit.xml", out / "summary.md")
+    with publisher.errors() if ci else contextlib.nullcontext():
+        loaded = adjust(Recipe.load(recipe), overrides)
+        check_suites(suites)
+        place = cache_path(cache), engine_maker(engine, workers, ray_address)
+        typed = command_line("arma-tune", recipe, suites, out)
+        result, summary = search(loaded, suites, out, log, place, more_trials, typed)
+    click.echo(json.dumps(summary, indent=2) if as_json else render(result, summary))
+    if not as_json:
+        click.echo(f"Report: {out / 'report.html'}")
+    if ci:
+        return publish(publisher, summary, out)
+    return 0 if result.best.feasible else INFEASIBLE
+
+
+def search(
+    recipe: Recipe,
+    suites: list[str],
+    out: Path,
+    log: Progress,
+    place: tuple[Path | None, MakeEngine | None],
+    more_trials: int | None,
+    typed: str,
+) -> tuple[Result, dict[str, Any]]:
+    """A whole run, and its summary; ``place``: cache and engine, ``typed``: the command that made it."""
     from arma_mergekit.results import write_best, write_results
     from arma_mergekit.run import open_run
 
-    make_engine = engine_maker(engine, workers, ray_address)
-    with open_run(loaded, suites, out, Log(quiet=as_json), cache_path(cache), make_engine) as tuner:
+    with open_run(recipe, suites, out, log, *place) as tuner:
         try:
             result = tuner.run(more_trials)
         except KeyboardInterrupt:
             best = tuner.best_so_far()
             if best is not None:
-                path = write_best(loaded, best, out)
+                path = write_best(recipe, best, out)
                 click.echo(f"\nInterrupted. Best so far: {best.name}, in {path}; no verdict yet.", err=True)
             click.echo("The same command goes on where this one stopped.", err=True)
             raise
-        summary = write_results(tuner, result, out, command_line("arma-tune", recipe, suites, out))
-    click.echo(json.dumps(summary, indent=2) if as_json else render(result, summary))
-    if not as_json:
-        click.echo(f"Report: {out / 'report.html'}")
-    return 0 if result.best.feasible else INFEASIBLE
+        return result, write_results(tuner, result, out, typed)
+
+
+def publish(publisher: Publisher, summary: Mapping[str, Any], out: Path) -> int:
+    """Tell a build server; returns the exit code. The output `recipe` is what to merge."""
+    from arma_mergekit.ci import tradeoff
+    from arma_mergekit.gate import check_tuning
+    from arma_mergekit.report import markdown
+
+    checks = check_tuning(summary)
+    shares = {candidate["name"]: candidate["share_kept"] for candidate in summary["candidates"]}
+    recipe = out / ("tuned.yml" if checks[-1].outcome == "passed" else "one-knob.yml")
+    more = f"{markdown(summary)}\n{tradeoff(shares, summary['best'])}"
+    return publisher.publish(checks, more, {"recipe": recipe, "best": summary["best"]})
 
 
 def quiet_libraries() -> None:

@@ -43,7 +43,8 @@ class PlannedTensor:
 
     ``alphas``: one per fine-tuned model, as the kernel rounds them. ``source``: what is read, ``base``, the
     reference of a fine-tuned model, or ``both``. ``dtype`` is the result's, as safetensors spells it;
-    ``converted`` tells that its source has another. NaN is an alpha that a search has yet to find.
+    ``converted`` tells that its source has another, or is read as another. NaN is an alpha that a search has yet to
+    find.
     """
 
     name: str
@@ -257,7 +258,9 @@ class _Planner:
         read = [base, *used] if only is None else [base if only < 0 else tuned[only]]
         info = read[0].tensors[name]
         wanted = self.recipe.out_dtype or self.recipe.dtype
-        dtype = DTYPES[wanted] if wanted and info.dtype in FLOATS else info.dtype
+        floats = info.dtype in FLOATS
+        dtype = DTYPES[wanted] if wanted and floats else info.dtype
+        between = DTYPES[self.recipe.dtype] if self.recipe.dtype and floats else info.dtype
         return PlannedTensor(
             name,
             place,
@@ -268,7 +271,7 @@ class _Planner:
             info.numel,
             bytes_read=sum(c.bytes_read(name) for c in read),
             bytes_written=info.numel * DTYPE_BITS[dtype] // 8,
-            converted=dtype != info.dtype,
+            converted={dtype, between} != {info.dtype},
         )
 
     def _note_missing(self, missing: Mapping[str, Sequence[str]]) -> None:

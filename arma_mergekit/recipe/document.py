@@ -19,6 +19,8 @@ SIZE_LIMIT = 1_000_000  # bytes
 DEPTH_LIMIT = 30
 ALIAS_LIMIT = 64
 NODE_LIMIT = 200_000  # with every alias written out
+LONGEST_NUMBER = 1000  # characters
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 # libyaml is ten times faster than the parser in Python, which is there where libyaml is not
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -91,8 +93,11 @@ def _check_nodes(node: yaml.Node | None, path: Path) -> None:
 
 
 def _node_problems(node: yaml.Node, path: Path) -> Iterator[str]:
-    """Keys given twice, of which YAML would keep the last, and keys that are not text."""
-    if isinstance(node, yaml.SequenceNode):
+    """Keys given twice, of which YAML would keep the last, keys that are not text, and endless numbers."""
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in NUMBERS and len(node.value) > LONGEST_NUMBER:
+            yield f"{path}, line {node.start_mark.line + 1}: a number of {len(node.value):,} characters is refused."
+    elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             yield from _node_problems(item, path)
     elif isinstance(node, yaml.MappingNode):

@@ -70,24 +70,24 @@ def markdown(summary: Record) -> str:
     """For a CI step or a model card: verdict, a table of shares kept, cautions, the next command."""
     names = data.suites(summary)
     rows = [
-        ["", *(f"{_cell(name)} kept" for name in names), "search reward"],
+        ["", *(f"{cell(name)} kept" for name in names), "search reward"],
         ["---", *["---:"] * (len(names) + 1)],
     ]
     for c in summary.get("candidates", ()):
         errors, mark = c.get("share_stderr", {}), "**" if c["name"] == summary.get("best") else ""
         shares = [percent(c["share_kept"].get(name), errors.get(name)) for name in names]
-        rows.append([f"{mark}{_cell(c['name'])}{mark}", *shares, score(c.get("search_reward"))])
+        rows.append([f"{mark}{cell(c['name'])}{mark}", *shares, score(c.get("search_reward"))])
     blocks = [
-        [f"### {_cell(headline(summary))}"],
-        [_cell(kept(summary))],
+        [f"### {cell(headline(summary))}"],
+        [cell(kept(summary))],
         [f"| {' | '.join(row)} |" for row in rows],
-        [f"- {_cell(line)}" for line in cautions(summary)],
+        [f"- {cell(line)}" for line in cautions(summary)],
         [f"    {command}" for _, command in next_commands(summary)],
     ]
     return "\n\n".join("\n".join(block) for block in blocks if any(block)) + "\n"
 
 
-def _cell(text: object) -> str:
+def cell(text: object) -> str:
     """Text that stays within its cell and means what it says: no element, row, link or emphasis."""
     plain = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{c}" if c in "\\|*_`[]" else c for c in plain)

@@ -1,0 +1,960 @@
+"""A merge has the bits of mergekit-yaml, keeps the layout of its inputs, and appears whole or not at all."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from conftest import write_safetensors, write_tiny_llama
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_checkpoint import write_adapter
+
+from arma_mergekit import __version__
+from arma_mergekit.checkpoint import Checkpoint, open_model
+from arma_mergekit.checkpoint.header import read_metadata
+from arma_mergekit.cli import cli
+from arma_mergekit.errors import CheckpointError, RecipeError, RunError, UsageError
+from arma_mergekit.kernel import average
+from arma_mergekit.merge import merge, stream, verify
+from arma_mergekit.merge.layout import Copied, lay_out
+from arma_mergekit.merge.target import draft_of, remove_dead_drafts
+from arma_mergekit.plan import plan
+from arma_mergekit.recipe import Recipe
+
+INDEX = "model.safetensors.index.json"
+LOCK = "arma.lock.json"
+Q1 = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    found = {
+        "base": write_tiny_llama(root / "base", seed=0),
+        "tuned": write_tiny_llama(root / "tuned", seed=1),
+        "second": write_tiny_llama(root / "second", seed=2),
+        "half": write_tiny_llama(root / "half", seed=3, dtype="float16"),
+        "full": write_tiny_llama(root / "full", seed=4, dtype="float32"),
+        "half2": write_tiny_llama(root / "half2", seed=5, dtype="float16"),
+        "full2": write_tiny_llama(root / "full2", seed=6, dtype="float32"),
+    }
+    found["sharded"] = shard(found["tuned"], root / "sharded", 5)
+    adapted = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.down_proj": (32, 64)}
+    write_adapter(root / "lora", adapted)
+    found["adapted"] = f"{found['base']}+{root / 'lora'}"
+    return found
+
+
+def shard(model, out, count):
+    """The same checkpoint in ``count`` files, its tensors dealt out like cards."""
+    tensors = load_file(model / "model.safetensors")
+    out.mkdir()
+    shutil.copy(model / "config.json", out)
+    weight_map = {}
+    for k in range(count):
+        part = {name: tensors[name] for name in sorted(tensors)[k::count]}
+        file = f"model-{k + 1:05d}-of-{count:05d}.safetensors"
+        save_file(part, out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return out
+
+
+def content(base, *tuned, alpha=0.3, rest="finetuned", **keys):
+    entries = [{"model": str(m), "parameters": {"alpha": alpha}} for m in tuned]
+    return {
+        "merge_method": "arma",
+        "base_model": str(base),
+        "models": entries,
+        "parameters": {"rest": rest},
+        **keys,
+    }
+
+
+def recipe(tmp_path, *args, **keys):
+    file = tmp_path / "recipe.yml"
+    file.write_text(yaml.safe_dump(content(*args, **keys)))
+    return Recipe.load(file)
+
+
+def tensors(path):
+    found = {}
+    for file in sorted(path.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    assert [n for n in left if left[n].dtype != right[n].dtype] == []
+    assert [n for n in left if not torch.equal(left[n], right[n])] == []
+
+
+def files(path):
+    return {p.name: p.read_bytes() for p in path.iterdir() if p.is_file()}
+
+
+# ---------------------------------------------------------------------- the bits
+
+CASES = {
+    "attention": ("base", ["tuned"], {}),
+    "attention, the rest the base's": ("base", ["tuned"], {"rest": "base"}),
+    "everything": ("base", ["tuned"], {"rest": 0.7}),
+    "extrapolated": ("base", ["tuned"], {"alpha": -0.4, "rest": 1.6}),
+    "layer by layer": ("base", ["tuned"], {"alpha": [0.2, 0.9], "rest": [0.1, 1.2]}),
+    "other shards": ("base", ["sharded"], {"rest": 0.5}),
+    "shards of the base": ("sharded", ["base"], {"rest": "base"}),
+    "two models": ("base", ["tuned", "second"], {"rest": 0.25}),
+    "one of two unused": ("base", ["tuned", "second"], {"alpha": 0.0, "rest": 0.5}),
+    "float16": ("half", ["half2"], {"rest": 0.5}),
+    "bf16 with float16": ("base", ["half"], {"rest": 0.5}),
+    "bf16 with float32": ("base", ["full"], {"rest": "finetuned"}),
+    "read as float32": ("base", ["tuned"], {"rest": 0.5, "dtype": "float32"}),
+    "read as float16": ("base", ["full"], {"rest": 0.5, "dtype": "float16"}),
+    "float32 as bf16": ("full", ["full2"], {"rest": "finetuned", "dtype": "bfloat16"}),
+    "written as float32": ("base", ["tuned"], {"rest": "finetuned", "out_dtype": "float32"}),
+    "written as float16": ("full", ["tuned"], {"rest": 0.5, "out_dtype": "float16"}),
+    "both": ("base", ["tuned"], {"rest": 0.5, "dtype": "float32", "out_dtype": "float16"}),
+}
+
+
+@pytest.mark.parametrize(("base", "tuned", "keys"), CASES.values(), ids=CASES.keys())
+def test_a_merge_has_the_bits_of_mergekit(models, tmp_path, base, tuned, keys):
+    made = recipe(tmp_path, models[base], *(models[t] for t in tuned), **keys)
+    merge(made, tmp_path / "ours")
+    run_merge(MergeConfiguration.model_validate(made.raw), str(tmp_path / "theirs"), MergeOptions(quiet=True))
+    assert_same(tensors(tmp_path / "ours"), tensors(tmp_path / "theirs"))
+
+
+def test_an_adapter_is_folded_in_without_a_directory_of_its_own(models, tmp_path):
+    merge(recipe(tmp_path, models["base"], models["adapted"], rest="finetuned", alpha=0.5), tmp_path / "out")
+    base, tuned, found = (
+        Checkpoint.open(str(models["base"])),
+        open_model(models["adapted"]),
+        tensors(tmp_path / "out"),
+    )
+    for name in base.tensors:
+        ours = found[name].view(torch.uint16).numpy()
+        alpha = 0.5 if ".self_attn." in name else 1.0
+        sides = [torch.from_numpy(np.array(c.read(name))).view(torch.bfloat16) for c in (base, tuned)]
+        expected = average(sides[0], [sides[1]], [alpha]).view(torch.uint16).numpy()
+        assert np.array_equal(ours, expected), name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "recipe.yml"]
+
+
+def test_blocks_and_pieces_of_any_size_give_the_same_bits(models, tmp_path, monkeypatch):
+    made = recipe(tmp_path, models["base"], models["adapted"], rest=0.4)
+    merge(made, tmp_path / "whole")
+    monkeypatch.setattr(stream, "CHUNK", 100)  # no multiple of a row
+    monkeypatch.setattr("arma_mergekit.merge.layout.LONGEST_AVERAGE", 333)
+    monkeypatch.setattr("arma_mergekit.merge.layout.LONGEST_COPY", 1000)
+    merge(made, tmp_path / "pieces", workers=4)
+    assert files(tmp_path / "pieces")["model.safetensors"] == files(tmp_path / "whole")["model.safetensors"]
+    assert verify(tmp_path / "pieces").status == "verified"
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    alpha=st.floats(-2, 3), rest=st.floats(-2, 3), base=st.sampled_from(["base", "half", "full", "sharded"]),
+    tuned=st.sampled_from(["second", "half2", "full2"]),
+)  # fmt: skip
+def test_whatever_the_alphas_the_kernel_would_have_said_the_same(
+    models, tmp_path_factory, alpha, rest, base, tuned
+):
+    folder = tmp_path_factory.mktemp("case")
+    merge(recipe(folder, models[base], models[tuned], alpha=alpha, rest=rest), folder / "out", digests=False)
+    left, right, found = (tensors(p) for p in (models[base], models[tuned], folder / "out"))
+    for name in found:
+        weight = alpha if ".self_attn." in name else rest
+        assert torch.equal(found[name], average(left[name], [right[name]], [weight])), name
+
+
+def test_alpha_1_everywhere_is_the_finetuned_files_and_alpha_0_the_bases(models, tmp_path):
+    merge(recipe(tmp_path, models["base"], models["sharded"], alpha=1, rest="finetuned"), tmp_path / "one")
+    merge(recipe(tmp_path, models["base"], models["sharded"], alpha=0, rest="base"), tmp_path / "zero")
+    for out, source in (("one", "sharded"), ("zero", "base")):
+        weights = {n: b for n, b in files(models[source]).items() if n.endswith(".safetensors")}
+        assert {n: b for n, b in files(tmp_path / out).items() if n.endswith(".safetensors")} == weights
+
+
+def test_a_value_that_does_not_fit_the_dtype_is_named(models, tmp_path):
+    big = write_tiny_llama(tmp_path / "big", dtype="float32")
+    found = {n: t.float().numpy() for n, t in load_file(big / "model.safetensors").items()}
+    found[Q1][0, 0] = 1e6
+    write_safetensors(big / "model.safetensors", found)
+    with pytest.raises(CheckpointError, match=rf"{Q1}: Values as large as 1e\+06 do not fit into F16"):
+        merge(recipe(tmp_path, models["base"], big, alpha=1, out_dtype="float16"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_average_that_is_not_finite_is_named(models, tmp_path):
+    broken = write_tiny_llama(tmp_path / "broken", dtype="float32")
+    found = {n: t.numpy() for n, t in load_file(broken / "model.safetensors").items()}
+    found[Q1] = np.where(np.arange(32) == 3, np.nan, found[Q1])
+    write_safetensors(broken / "model.safetensors", found)
+    with pytest.raises(CheckpointError, match=f"{Q1}: The average is not finite"):
+        merge(recipe(tmp_path, models["base"], broken), tmp_path / "out")
+
+
+def test_buffers_that_are_no_floats_must_agree(models, tmp_path):
+    sides = []
+    for k in range(2):
+        side = write_tiny_llama(tmp_path / f"side{k}", seed=k)
+        found = load_file(side / "model.safetensors") | {
+            "model.layers.0.self_attn.mask": torch.tensor([k, 1])
+        }
+        save_file(found, side / "model.safetensors", metadata={"format": "pt"})
+        sides.append(side)
+    with pytest.raises(CheckpointError, match=r"mask .*differs between"):
+        merge(recipe(tmp_path, *sides), tmp_path / "out")
+    twin = tmp_path / "twin"
+    shutil.copytree(sides[0], twin)
+    merge(recipe(tmp_path, sides[0], twin, alpha=0.5), tmp_path / "out")
+    assert tensors(tmp_path / "out")["model.layers.0.self_attn.mask"].tolist() == [0, 1]
+
+
+# ---------------------------------------------------------------------- layout
+
+
+def test_the_result_keeps_the_files_of_the_side_that_gives_most(models, tmp_path):
+    merge(recipe(tmp_path, models["base"], models["sharded"], rest="finetuned"), tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").glob("*.safetensors")} == {
+        p.name for p in models["sharded"].glob("*.safetensors")
+    }
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    everything = tensors(tmp_path / "out").values()
+    assert index["metadata"] == {
+        "total_parameters": sum(t.numel() for t in everything),
+        "total_size": sum(t.nbytes for t in everything),
+    }
+    assert index["weight_map"] == json.loads((models["sharded"] / INDEX).read_text())["weight_map"]
+
+
+def test_shards_are_as_large_as_asked(models, tmp_path):
+    merge(recipe(tmp_path, models["base"], models["tuned"]), tmp_path / "out", shard_size=10_000)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 3
+    assert [p.name for p in shards] == [
+        f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)
+    ]
+    for file in shards:
+        assert sum(t.nbytes for t in load_file(file).values()) <= 10_000 or len(load_file(file)) == 1
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+    merge(recipe(tmp_path, models["base"], models["tuned"]), tmp_path / "whole")
+    assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
+    assert verify(tmp_path / "out").status == "verified"
+
+
+def test_a_copy_is_few_long_runs(models, tmp_path):
+    made = plan(recipe(tmp_path, models["base"], models["tuned"], rest="finetuned"))
+    (shard,) = lay_out(made)
+    copied = [p for p in shard.pieces if isinstance(p, Copied)]
+    averaged = sum(t.action == "average" for t in made.tensors)
+    assert len(copied) <= averaged + 1
+    assert shard.pieces[0].start == 8 + len(shard.header)
+    assert [p.stop for p in shard.pieces][:-1] == [p.start for p in shard.pieces][1:]
+    assert shard.pieces[-1].stop == shard.size
+
+
+def test_a_header_without_a_format_gets_one(models, tmp_path):
+    plain = write_tiny_llama(tmp_path / "plain", seed=1)
+    save_file(load_file(plain / "model.safetensors"), plain / "model.safetensors")
+    assert read_metadata(plain / "model.safetensors")[0] == {}
+    merge(recipe(tmp_path, models["base"], plain), tmp_path / "out")
+    assert read_metadata(tmp_path / "out" / "model.safetensors")[0] == {"format": "pt"}
+
+
+# ---------------------------------------------------------------------- what goes beside
+
+
+def companion_model(path):
+    write_tiny_llama(path)
+    for name in ("tokenizer.json", "generation_config.json", "tokenizer_config.json"):
+        (path / name).write_text(f'{{"from": "{path.name}"}}')
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    (path / "modeling_own.py").write_text("x = 1\n")
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (path / "training_args.bin").write_bytes(b"a pickle")
+    (path / "README.md").write_text("of the base")
+    return path
+
+
+def test_config_tokenizer_templates_and_code_are_the_bases_to_the_byte(models, tmp_path):
+    base = companion_model(tmp_path / "from")
+    merged = merge(recipe(tmp_path, base, models["tuned"]), tmp_path / "out")
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "modeling_own.py",
+    ):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+    assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+    assert not (tmp_path / "out" / "training_args.bin").exists()
+    assert (tmp_path / "out" / "README.md").exists() is False or "of the base" not in (
+        tmp_path / "out" / "README.md"
+    ).read_text()
+    assert set(merged.lock["output"]["files"]) >= {"tokenizer.json", "additional_chat_templates/tools.jinja"}
+
+
+def test_a_tokenizer_that_differs_is_a_warning(models, tmp_path):
+    base, tuned = companion_model(tmp_path / "from"), companion_model(tmp_path / "to")
+    merged = merge(recipe(tmp_path, base, tuned, alpha=0.5), tmp_path / "out")
+    assert f"tokenizer.json differs between {base} and {tuned}; the result has the base's." in merged.warnings
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_configs_dtype_follows_the_weights(models, tmp_path, key):
+    base = write_tiny_llama(tmp_path / "from")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({k if k != "dtype" else key: v for k, v in config.items()}))
+    merge(recipe(tmp_path, base, models["tuned"], out_dtype="float32"), tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found == {**{k: v for k, v in config.items() if k != "dtype"}, key: "float32"}
+
+
+def test_a_companion_that_leads_out_of_the_model_is_refused(models, tmp_path):
+    base = companion_model(tmp_path / "from")
+    (tmp_path / "secret").write_text("password")
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"link to .*secret, outside the model"):
+        merge(recipe(tmp_path, base, models["tuned"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------- lock
+
+
+def test_the_lock_holds_digests_of_everything_read_and_written(models, tmp_path):
+    merged = merge(recipe(tmp_path, models["base"], models["sharded"], alpha=[0.2, 0.6]), tmp_path / "out")
+    lock = json.loads((tmp_path / "out" / LOCK).read_text())
+    assert lock == merged.lock
+    for name, said in lock["output"]["files"].items():
+        data = (tmp_path / "out" / name).read_bytes()
+        assert said == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert set(lock["output"]["files"]) == {p.name for p in (tmp_path / "out").iterdir()} - {LOCK}
+    for side, model in zip(lock["inputs"], (models["base"], models["sharded"]), strict=True):
+        assert set(side["files"]) == {p.name for p in model.iterdir() if p.name != INDEX}
+        for name, said in side["files"].items():
+            assert said["sha256"] == hashlib.sha256((model / name).read_bytes()).hexdigest()
+    assert lock["tool"]["arma_mergekit"] == __version__
+    assert lock["alphas"][Q1] == 0.6
+    assert lock["roles"][Q1] == [1, "q", True]
+    assert lock["evaluation"] is None
+
+
+def test_an_adapters_files_are_in_the_lock(models, tmp_path):
+    merged = merge(recipe(tmp_path, models["base"], models["adapted"]), tmp_path / "out")
+    assert {"lora/adapter_model.safetensors", "lora/adapter_config.json"} <= set(
+        merged.lock["inputs"][1]["files"]
+    )
+
+
+def test_the_commit_of_a_hub_model_is_in_the_lock(models, tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / ("ab" * 20)
+    shutil.copytree(models["base"], snapshot)
+    (tmp_path / "hub" / "models--org--name" / "refs").mkdir()
+    (tmp_path / "hub" / "models--org--name" / "refs" / "main").write_text("ab" * 20)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    merged = merge(recipe(tmp_path, "org/name", models["tuned"]), tmp_path / "out")
+    assert [side["commit"] for side in merged.lock["inputs"]] == ["ab" * 20, None]
+    assert merged.lock["inputs"][0]["ref"] == "org/name"
+
+
+def test_without_digests_nothing_is_hashed(models, tmp_path):
+    merged = merge(recipe(tmp_path, models["base"], models["tuned"]), tmp_path / "out", digests=False)
+    weights = merged.lock["output"]["files"]["model.safetensors"]
+    assert weights["sha256"] is None
+    assert {f["sha256"] for side in merged.lock["inputs"] for f in side["files"].values()} == {None}
+    assert verify(tmp_path / "out").status == "verified"
+
+
+# ---------------------------------------------------------------------- the target
+
+
+def test_a_directory_with_something_in_it_is_refused(models, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    made = recipe(tmp_path, models["base"], models["tuned"])
+    with pytest.raises(UsageError, match=r"is not empty; .*--overwrite"):
+        merge(made, tmp_path / "out")
+    with pytest.raises(UsageError, match="holds no model, so it is not replaced"):
+        merge(made, tmp_path / "out", overwrite=True)
+    assert files(tmp_path / "out") == {"thesis.txt": b"years of work"}
+
+
+def test_overwrite_replaces_the_whole_directory(models, tmp_path):
+    made = recipe(tmp_path, models["base"], models["sharded"])
+    merge(made, tmp_path / "out", shard_size=5000)
+    (tmp_path / "out" / "note.txt").write_text("of the old one")
+    merge(made, tmp_path / "out", overwrite=True)
+    assert {p.name for p in (tmp_path / "out").glob("*")} == {
+        LOCK,
+        *(p.name for p in models["sharded"].iterdir()),
+    }
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_an_empty_directory_and_a_link_to_one_are_fine(models, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    merge(recipe(tmp_path, models["base"], models["tuned"]), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "model.safetensors").is_file()
+
+
+def test_inputs_are_never_overwritten(models, tmp_path):
+    shutil.copytree(models["base"], tmp_path / "base")
+    before = files(tmp_path / "base")
+    with pytest.raises(UsageError, match="which is needed"):
+        merge(recipe(tmp_path, tmp_path / "base", models["tuned"]), tmp_path / "base", overwrite=True)
+    assert files(tmp_path / "base") == before
+
+
+def test_a_full_disk_is_found_before_anything_is_written(models, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(RunError, match=r"has 0\.00 GB free and the result takes"):
+        merge(recipe(tmp_path, models["base"], models["tuned"]), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yml"]
+
+
+def test_a_disk_that_fills_up_meanwhile_leaves_the_old_result(models, tmp_path):
+    made = recipe(tmp_path, models["base"], models["tuned"])
+    merge(made, tmp_path / "out")
+    before = files(tmp_path / "out")
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); from arma_mergekit.cli import main; main()"
+    )
+    command = [sys.executable, "-c", limited, "merge", str(made.path), str(tmp_path / "out"), "--overwrite"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 4
+    assert re.fullmatch(
+        r"Error: Cannot write .*: File too large\. Nothing was left behind; .*\n", done.stderr
+    )
+    assert files(tmp_path / "out") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "recipe.yml"]
+
+
+def test_an_input_that_shrinks_meanwhile_stops_the_merge(models, tmp_path):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(models["tuned"], tuned)
+    made = recipe(tmp_path, models["base"], tuned)
+
+    def begin(_):
+        os.truncate(tuned / "model.safetensors", 5000)
+        return lambda _: None
+
+    with pytest.raises(CheckpointError, match="changed or vanished while it was in use"):
+        merge(made, tmp_path / "out", begin=begin)
+    assert not (tmp_path / "out").exists()
+
+
+def test_drafts_of_dead_processes_are_removed_and_those_of_living_ones_kept(tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / ".out.arma-draft-dead1234").mkdir()
+    (tmp_path / ".out.arma-draft-dead1234" / "model.safetensors").write_bytes(b"half of it")
+    with draft_of(out, 0) as draft:
+        assert not (tmp_path / ".out.arma-draft-dead1234").exists()
+        held = subprocess.run(
+            [sys.executable, "-c", "import sys; from pathlib import Path; from arma_mergekit.merge.target import "
+             "remove_dead_drafts; print(remove_dead_drafts(Path(sys.argv[1])))", str(out)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert held.stdout == "[]\n"
+        assert draft.exists()
+    assert out.is_dir()
+
+
+def test_what_was_moved_aside_by_a_process_that_died_comes_back(tmp_path):
+    old = tmp_path / ".out.arma-old-abcd1234"
+    old.mkdir()
+    (old / "config.json").write_text("{}")
+    remove_dead_drafts(tmp_path / "out")
+    assert files(tmp_path / "out") == {"config.json": b"{}"}
+
+
+def test_names_with_wildcards_are_only_names(tmp_path):
+    (tmp_path / ".x.arma-12345678").mkdir()
+    assert remove_dead_drafts(tmp_path / "[x]") == []
+    assert remove_dead_drafts(tmp_path / "?") == []
+    assert (tmp_path / ".x.arma-12345678").exists()
+
+
+def test_two_names_are_exchanged_in_two_steps_where_the_system_has_no_other_way(
+    models, tmp_path, monkeypatch
+):
+    made = recipe(tmp_path, models["base"], models["tuned"])
+    merge(made, tmp_path / "out")
+    (tmp_path / "out" / "note.txt").write_text("old")
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+    merge(made, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "note.txt").exists()
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_copies_go_through_a_buffer_where_the_kernel_has_no_other_way(models, tmp_path, monkeypatch):
+    made = recipe(tmp_path, models["base"], models["tuned"])
+    merge(made, tmp_path / "kernel")
+
+    def unsupported(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "copy_file_range", unsupported, raising=False)
+    merge(made, tmp_path / "buffer")
+    assert files(tmp_path / "buffer")["model.safetensors"] == files(tmp_path / "kernel")["model.safetensors"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing(models, tmp_path, number):
+    made = recipe(tmp_path, models["base"], models["tuned"])
+    slow = (
+        "import sys, time; from arma_mergekit.merge import stream; real = stream.copy\n"
+        "def copy(*a): print('copying', flush=True); time.sleep(0.2); real(*a)\n"
+        "stream.copy = copy; from arma_mergekit.cli import main; main()"
+    )
+    command = [sys.executable, "-c", slow, "merge", str(made.path), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "copying\n"
+        process.send_signal(number)
+        process.wait(20)
+        assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+        assert "Traceback" not in process.stderr.read()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yml"]
+
+
+# ---------------------------------------------------------------------- verify
+
+
+@pytest.fixture
+def merged(models, tmp_path):
+    merge(recipe(tmp_path, models["base"], models["sharded"], rest="finetuned"), tmp_path / "out")
+    return tmp_path / "out"
+
+
+def flip(file, at, bit=1):
+    data = bytearray(file.read_bytes())
+    data[at] ^= bit
+    file.write_bytes(data)
+
+
+def test_a_merge_is_verified_tensor_by_tensor(merged):
+    report = verify(merged)
+    assert (report.status, report.findings, report.missing) == ("verified", (), ())
+    assert report.tensors == len(tensors(merged))
+
+
+@pytest.mark.parametrize("name", [Q1, "model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_one_flipped_bit_is_found_and_its_tensor_named(merged, name):
+    info = Checkpoint.open(str(merged)).tensors[name]
+    flip(info.file, info.stop - 1)
+    report = verify(merged)
+    assert report.status == "differs"
+    (finding,) = report.findings
+    assert re.fullmatch(rf"{name}: 1 of {info.numel:,} elements differ, by up to \S+\.", finding)
+
+
+def test_every_difference_is_listed(merged):
+    found = Checkpoint.open(str(merged)).tensors
+    names = sorted(found)[::3]
+    for name in names:
+        flip(found[name].file, found[name].start)
+    assert [f.partition(":")[0] for f in verify(merged).findings] == names
+
+
+def test_files_of_another_model_are_found(models, merged):
+    for file in models["sharded"].glob("*.safetensors"):
+        shutil.copy(file, merged)
+    differing = {f.partition(":")[0] for f in verify(merged).findings}
+    assert differing == {n for n in tensors(merged) if ".self_attn." in n}
+
+
+def test_a_changed_config_is_found(merged):
+    config = (merged / "config.json").read_text()
+    (merged / "config.json").write_text(config.replace("10000.0", "20000.0"))
+    assert verify(merged).findings == ("config.json is not the base's.",)
+
+
+def test_totals_in_the_index_are_checked(merged):
+    text = (merged / INDEX).read_text()
+    (merged / INDEX).write_text(re.sub(r'"total_size": \d+', '"total_size": 5', text))
+    assert any("says total_size 5" in f for f in verify(merged, quick=True).findings)
+
+
+def test_quick_reads_no_weights(merged):
+    info = Checkpoint.open(str(merged)).tensors[Q1]
+    flip(info.file, info.start)
+    assert verify(merged, quick=True).status == "verified"
+    os.truncate(info.file, info.file.stat().st_size - 2)
+    assert verify(merged, quick=True).status == "unreadable"
+
+
+def test_what_is_no_checkpoint_is_unreadable(merged):
+    next(iter(merged.glob("*.safetensors"))).unlink()
+    report = verify(merged)
+    assert report.status == "unreadable"
+    assert "is missing though" in report.findings[0]
+
+
+def test_without_a_lock_or_recipe_it_is_inconclusive(models, merged, tmp_path):
+    (merged / LOCK).unlink()
+    assert verify(merged).status == "inconclusive"
+    assert verify(merged, Recipe.load(tmp_path / "recipe.yml")).status == "verified"
+
+
+def test_without_the_inputs_only_digests_are_compared(models, tmp_path):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(models["tuned"], tuned)
+    merge(recipe(tmp_path, models["base"], tuned), tmp_path / "out")
+    shutil.rmtree(tuned)
+    assert verify(tmp_path / "out").status == "inconclusive"
+    info = Checkpoint.open(str(tmp_path / "out")).tensors[Q1]
+    flip(info.file, info.start)
+    report = verify(tmp_path / "out")
+    assert report.status == "differs"
+    assert "model.safetensors is not the file that was merged" in report.findings[0]
+
+
+def test_an_input_that_changed_since_is_a_difference(models, tmp_path):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(models["tuned"], tuned)
+    merge(recipe(tmp_path, models["base"], tuned), tmp_path / "out")
+    info = Checkpoint.open(str(tuned)).tensors[Q1]
+    flip(info.file, info.start, 0x40)
+    assert [f.partition(":")[0] for f in verify(tmp_path / "out").findings] == [Q1]
+
+
+# ---------------------------------------------------------------------- commands
+
+
+def invoke(*args):
+    return CliRunner().invoke(cli, [str(a) for a in args])
+
+
+def test_merge_verify_and_reproduce_from_the_command_line(models, tmp_path):
+    made = recipe(tmp_path, models["base"], models["tuned"])
+    done = invoke("merge", made.path, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "8 tensors averaged" in done.output
+    assert f"arma verify {tmp_path / 'out'}" in done.output
+    done = CliRunner().invoke(cli, ["verify", str(tmp_path / "out")], standalone_mode=False)
+    assert (
+        done.return_value,
+        done.output.endswith("verified: 21 tensors have the bits that the inputs give.\n"),
+    ) == (0, True)
+    done = CliRunner().invoke(
+        cli, ["reproduce", str(tmp_path / "out" / LOCK), str(tmp_path / "again")], standalone_mode=False
+    )
+    assert (done.return_value, "reproduced to the byte" in done.output) == (0, True)
+    assert files(tmp_path / "again")["model.safetensors"] == files(tmp_path / "out")["model.safetensors"]
+
+
+@pytest.mark.parametrize(("spoil", "code"), [("flip", 1), ("truncate", 2), ("lock", 3)])
+def test_the_exit_code_of_verify_says_what_is_wrong(models, tmp_path, spoil, code):
+    merge(recipe(tmp_path, models["base"], models["tuned"]), tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    if spoil == "flip":
+        flip(file, -1)
+    elif spoil == "truncate":
+        os.truncate(file, 1000)
+    else:
+        (tmp_path / "out" / LOCK).unlink()
+    done = CliRunner().invoke(cli, ["verify", str(tmp_path / "out"), "--json"], standalone_mode=False)
+    assert done.return_value == code
+    assert json.loads(done.output)["status"] == {1: "differs", 2: "unreadable", 3: "inconclusive"}[code]
+
+
+def test_a_merge_that_comes_out_otherwise_is_not_reproduced_and_the_input_is_blamed(models, tmp_path):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(models["tuned"], tuned)
+    merge(recipe(tmp_path, models["base"], tuned), tmp_path / "out")
+    info = Checkpoint.open(str(tuned)).tensors[Q1]
+    flip(info.file, info.start, 0x40)
+    lock = json.loads((tmp_path / "out" / LOCK).read_text())
+    lock["tool"]["numpy"] = "1.0"
+    (tmp_path / "old.json").write_text(json.dumps(lock))
+    done = CliRunner().invoke(
+        cli, ["reproduce", str(tmp_path / "old.json"), str(tmp_path / "again")], standalone_mode=False
+    )
+    assert done.return_value == 1
+    grades = [line.split(":")[0].strip() for line in done.output.splitlines()]
+    assert grades[:3] == ["result", "input", "environment"]
+    assert "model.safetensors of" in done.output
+
+
+@pytest.mark.parametrize("text", ["5 parsecs", "-1", "0", "GB"])
+def test_a_shard_size_that_is_none_is_refused(models, tmp_path, text):
+    made = recipe(tmp_path, models["base"], models["tuned"])
+    done = CliRunner().invoke(
+        cli,
+        ["merge", str(made.path), str(tmp_path / "out"), f"--out-shard-size={text}"],
+        standalone_mode=False,
+    )
+    assert isinstance(done.exception, UsageError)
+    assert "--out-shard-size must be a size like 5GB" in str(done.exception)
+
+
+# ---------------------------------------------------------------------- mergekit's executor
+
+
+def linear(models):
+    sides = [
+        {"model": str(models[m]), "parameters": {"weight": w}} for m, w in (("base", 0.5), ("tuned", 0.5))
+    ]
+    return {"merge_method": "linear", "models": sides, "dtype": "bfloat16"}
+
+
+def test_other_methods_go_to_mergekits_executor_and_are_as_safe(models, tmp_path):
+    (tmp_path / "linear.yml").write_text(yaml.safe_dump(linear(models)))
+    done = invoke("merge", tmp_path / "linear.yml", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "merge_method linear is mergekit's work" in done.output
+    run_merge(
+        MergeConfiguration.model_validate(linear(models)), str(tmp_path / "theirs"), MergeOptions(quiet=True)
+    )
+    assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "theirs"))
+    lock = json.loads((tmp_path / "out" / LOCK).read_text())
+    assert lock["executor"] == "mergekit"
+    assert set(lock["output"]["files"]) == {p.name for p in (tmp_path / "out").iterdir()} - {LOCK}
+    report = verify(tmp_path / "out")
+    assert (report.status, report.findings) == ("inconclusive", ())
+    flip(tmp_path / "out" / "model.safetensors", -1)
+    assert verify(tmp_path / "out").status == "differs"
+
+
+def test_a_failure_of_mergekit_is_a_sentence_and_leaves_nothing(models, tmp_path):
+    (tmp_path / "bad.yml").write_text(yaml.safe_dump({**linear(models), "merge_method": "linea"}))
+    done = CliRunner().invoke(
+        cli, ["merge", str(tmp_path / "bad.yml"), str(tmp_path / "out")], standalone_mode=False
+    )
+    assert isinstance(done.exception, RunError)
+    assert "mergekit" in str(done.exception)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.yml"]
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """Anonymous memory of the streaming itself, by numpy's own account of its buffers."""
+    import tracemalloc
+
+    peaks, sizes = [], []
+    for layers in (2, 8):
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        size = {
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "vocab_size": 2048,
+            "head_dim": 64,
+            "num_hidden_layers": layers,
+        }
+        base, tuned = (write_tiny_llama(folder / f"m{k}", seed=k, **size) for k in range(2))
+        made = recipe(folder, base, tuned, rest=0.5)
+        plan(made)  # imports
+        tracemalloc.start()
+        merge(made, folder / "out", workers=1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        sizes.append((folder / "out" / "model.safetensors").stat().st_size)
+    assert peaks[1] - peaks[0] < 0.2 * (sizes[1] - sizes[0])
+    assert peaks[1] < 40e6
+
+
+# ---------------------------------------------------------------------- what a hostile reviewer found
+
+
+def test_a_model_called_base_is_not_taken_for_the_base(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models["base"], "original")
+    shutil.copytree(models["tuned"], "base")
+    merge(recipe(tmp_path, "original", "base", alpha=0.4, rest="base"), tmp_path / "out")
+    assert torch.equal(
+        tensors(tmp_path / "out")["lm_head.weight"], tensors(tmp_path / "original")["lm_head.weight"]
+    )
+    assert verify(tmp_path / "out").status == "verified"
+
+
+def test_tensors_of_no_elements_are_merged_too(models, tmp_path):
+    sides = []
+    for k in range(2):
+        side = write_tiny_llama(tmp_path / f"side{k}", seed=k)
+        empty = {
+            "model.layers.0.self_attn.none": torch.zeros(4, 0, dtype=torch.bfloat16),
+            "model.zero": torch.zeros(0),
+        }
+        save_file(load_file(side / "model.safetensors") | empty, side / "model.safetensors")
+        sides.append(side)
+    merge(recipe(tmp_path, *sides, out_dtype="float32"), tmp_path / "out")
+    assert tensors(tmp_path / "out")["model.layers.0.self_attn.none"].shape == (4, 0)
+    assert verify(tmp_path / "out").status == "verified"
+
+
+def test_a_dtype_on_the_way_is_not_skipped_by_a_copy(models, tmp_path):
+    made = recipe(tmp_path, models["base"], models["tuned"], dtype="float16", out_dtype="bfloat16")
+    merge(made, tmp_path / "ours")
+    run_merge(MergeConfiguration.model_validate(made.raw), str(tmp_path / "theirs"), MergeOptions(quiet=True))
+    assert_same(tensors(tmp_path / "ours"), tensors(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("shard", ["tokenizer_1", "arma.lock.json", "vocab.json", "x.py"])
+def test_weights_under_the_name_of_another_file_are_refused(models, tmp_path, shard):
+    odd = write_tiny_llama(tmp_path / "odd", seed=1)
+    names = list(load_file(odd / "model.safetensors"))
+    (odd / "model.safetensors").rename(odd / shard)
+    (odd / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+    with pytest.raises(RecipeError, match=r"lists the shard .* which is no \.safetensors file"):
+        merge(recipe(tmp_path, models["base"], odd), tmp_path / "out")
+
+
+def test_a_target_that_appears_meanwhile_is_not_replaced(models, tmp_path):
+    def begin(_):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious.txt").write_text("x")
+        return lambda _: None
+
+    with pytest.raises(UsageError, match="is not empty"):
+        merge(recipe(tmp_path, models["base"], models["tuned"]), tmp_path / "out", begin=begin)
+    assert files(tmp_path / "out") == {"precious.txt": b"x"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "recipe.yml"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("change", ["write", "unlink"])
+def test_an_input_that_changes_meanwhile_is_named(models, tmp_path, name, change):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(models["tuned"], tuned)
+
+    def begin(_):
+        if change == "write":
+            flip(tuned / name, -1)
+        else:
+            (tuned / name).unlink()
+        return lambda _: None
+
+    with pytest.raises(CheckpointError, match=f"{name} changed or vanished while it was in use"):
+        merge(recipe(tmp_path, models["base"], tuned, alpha=0.5), tmp_path / "out", begin=begin)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_may_have_more_files_than_a_process_may_open(models, tmp_path):
+    made = recipe(tmp_path, models["base"], shard(models["tuned"], tmp_path / "many", 21), rest=0.5)
+    limited = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)); "
+        "from arma_mergekit.cli import main; main()"
+    )
+    command = [sys.executable, "-c", limited, "merge", str(made.path), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert verify(tmp_path / "out").status == "verified"
+
+
+@pytest.mark.parametrize("spoil", ["more", "changed", "unlisted", "missing"])
+def test_verify_believes_the_inputs_and_not_the_lock(models, tmp_path, spoil):
+    base = companion_model(tmp_path / "from")
+    merge(recipe(tmp_path, base, models["tuned"]), tmp_path / "out")
+    out, lock = tmp_path / "out", json.loads((tmp_path / "out" / LOCK).read_text())
+    if spoil == "more":
+        (out / "modeling_evil.py").write_text("import os")
+    elif spoil == "missing":
+        (out / "chat_template.jinja").unlink()
+    else:
+        (out / "tokenizer.json").write_text("{}")
+    if spoil != "changed":
+        for name in ("tokenizer.json", "chat_template.jinja"):
+            lock["output"]["files"].pop(name)
+        (out / LOCK).write_text(json.dumps(lock))
+    flip(out / "model.safetensors", -1)
+    report = verify(out)
+    wanted = {"more": "modeling_evil.py is no file", "missing": "chat_template.jinja is missing"}
+    assert any(wanted.get(spoil, "tokenizer.json is not the base's") in f for f in report.findings)
+    assert any("elements differ" in f for f in report.findings)  # one finding does not hide another
+
+
+LOCK_FAULTS = {
+    "files": lambda lock: lock["output"].pop("files"),
+    "bytes": lambda lock: lock["output"]["files"]["config.json"].update(bytes="many"),
+    "sha256": lambda lock: lock["output"]["files"]["config.json"].update(sha256="1"),
+    "outside": lambda lock: lock["output"]["files"].update({"../x": {"bytes": 1, "sha256": None}}),
+    "absolute": lambda lock: lock["output"]["files"].update({"/etc/passwd": {"bytes": 1, "sha256": None}}),
+    "inputs": lambda lock: lock.update(inputs=5),
+    "tool": lambda lock: lock.pop("tool"),
+    "recipe": lambda lock: lock.update(recipe=[]),
+    "recipe_file": lambda lock: lock.update(recipe_file=5),
+    "shard_size": lambda lock: lock["output"].update(shard_size=-1),
+    "executor": lambda lock: lock.update(executor="me"),
+    "format": lambda lock: lock.update(format=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", LOCK_FAULTS.values(), ids=LOCK_FAULTS.keys())
+def test_a_lock_that_is_none_is_refused_in_one_sentence_and_nothing_is_merged(models, tmp_path, fault):
+    merge(recipe(tmp_path, models["base"], models["tuned"]), tmp_path / "out")
+    lock = json.loads((tmp_path / "out" / LOCK).read_text())
+    fault(lock)
+    (tmp_path / "out" / LOCK).write_text(json.dumps(lock))
+    report = verify(tmp_path / "out")
+    assert report.status == "unreadable"
+    assert len(report.findings) == 1
+    assert "is no lock that this version can use" in report.findings[0]
+    args = ["reproduce", str(tmp_path / "out"), str(tmp_path / "again")]
+    assert isinstance(CliRunner().invoke(cli, args, standalone_mode=False).exception, CheckpointError)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_lock_without_digests_is_not_compared(models, tmp_path):
+    merge(recipe(tmp_path, models["base"], models["tuned"]), tmp_path / "out", digests=False)
+    args = ["reproduce", str(tmp_path / "out"), str(tmp_path / "again")]
+    with pytest.raises(CheckpointError, match="has no digests to compare with"):
+        raise CliRunner().invoke(cli, args, standalone_mode=False).exception
+
+
+def test_scores_that_cannot_be_read_are_a_warning_and_not_in_the_lock(models, tmp_path):
+    made = recipe(tmp_path, models["base"], models["tuned"])
+    (tmp_path / "summary.json").write_text("{}")
+    done = invoke("merge", made.path, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "Warning: No scores in the lock: " in done.output
+    assert json.loads((tmp_path / "out" / LOCK).read_text())["evaluation"] is None
+
+
+def test_a_merge_from_the_command_line_has_a_card_and_its_picture(models, tmp_path):
+    made = recipe(tmp_path, models["base"], models["adapted"], alpha=[0.2, 0.7])
+    done = invoke("merge", made.path, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["base_model_relation"] == "merge"
+    assert "<svg" in (tmp_path / "out" / "alphas.svg").read_text()
+    lock = json.loads((tmp_path / "out" / LOCK).read_text())
+    assert lock["output"]["files"]["README.md"]["sha256"] == hashlib.sha256(card.encode()).hexdigest()
+    assert lock["output"]["bytes"] == sum(
+        p.stat().st_size for p in (tmp_path / "out").iterdir() if p.name != LOCK
+    )
+    assert "The licence of" in done.output
+    assert verify(tmp_path / "out").status == "verified"
+
+
+@pytest.mark.parametrize("name", ["a+b", "a@b", "with space", "ünï"])
+def test_directories_of_any_name_are_verified(models, tmp_path, name):
+    merge(recipe(tmp_path, models["base"], models["tuned"]), tmp_path / name)
+    assert verify(tmp_path / name).status == "verified"
