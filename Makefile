@@ -21,6 +21,9 @@ demo: $(VENV)/.ready
 	rm -rf recipes/icd10/out/merged
 	$(BIN)/mergekit-yaml recipes/icd10/recipe.yml recipes/icd10/out/merged
 	$(BIN)/arma-tune recipes/icd10/recipe.yml --eval general,domain --trials 12 --out recipes/icd10/out/run
+	$(BIN)/arma merge recipes/icd10/out/run/tuned.yml recipes/icd10/out/tuned --overwrite
+	$(BIN)/arma verify recipes/icd10/out/tuned
+	$(BIN)/arma gate recipes/icd10/out/tuned --recorded
 
 test: $(VENV)/.ready
 	$(BIN)/ruff check .

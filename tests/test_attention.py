@@ -22,7 +22,10 @@ from arma_mergekit.attention import (
     divergence_by_head,
     divergences,
     formulas,
+    head_importance,
+    head_weights,
     observed,
+    over_heads,
     record,
     stream,
 )
@@ -267,6 +270,26 @@ def test_divergences_are_bounded_zero_on_equal_rows_and_symmetric_where_claimed(
         torch.testing.assert_close(distance(m, a), found)
 
 
+@pytest.mark.parametrize("name", LEGACY)
+@settings(deadline=None, max_examples=30)
+@given(a=distributions(), m=distributions())
+def test_the_scripts_formulas_are_bounded_and_zero_on_equal_layers(name, a, m):
+    distance, (a, m) = LEGACY[name], (rows.reshape(3, 1, 1, 6).expand(3, 2, 1, 6) for rows in (a, m))
+    assert -1e-6 <= distance(a, m) <= (math.inf if name == "legacy_kl" else 1)
+    assert abs(distance(a, a)) < 1e-6
+    if name != "legacy_kl":
+        torch.testing.assert_close(distance(m, a), distance(a, m))
+
+
+def test_the_scripts_distance_is_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    a, m = (build(FAMILIES["llama"], seed) for seed in (0, 1))
+    with torch.no_grad():
+        a, m = (eager_attentions(model, LEFT_PADDED)[0] for model in (a, m))
+    expected = stats.wasserstein_distance(a.mean(0).flatten().numpy(), m.mean(0).flatten().numpy())
+    assert float(formulas.legacy_emd(a, m)) == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 @settings(deadline=None, max_examples=30)
 @given(a=distributions(), m=distributions())
@@ -344,12 +367,13 @@ def test_kept_layers_serve_as_a_teacher_after_the_weights_changed():
 
 @torch.no_grad()
 def test_models_of_different_shapes_are_refused():
+    before = threading.active_count()
     wide = build(transformers.LlamaConfig(**GQA | {"num_attention_heads": 2}))
     deep = build(transformers.LlamaConfig(**GQA | {"num_hidden_layers": 3}))
     for student, teacher in [(build(FAMILIES["llama"]), wide), (deep, build(FAMILIES["llama"]))]:
         with pytest.raises(CheckpointError, match="no counterpart of its shape"):
             divergence_by_head(student, teacher, [LEFT_PADDED])
-    assert threading.active_count() == 1
+    assert threading.active_count() == before
 
 
 @torch.no_grad()
@@ -396,12 +420,12 @@ def test_no_more_than_a_block_of_probabilities_is_ever_made(gradients):
 
 @torch.no_grad()
 def test_a_stream_may_be_left_early_and_passes_errors_on():
-    model = build(FAMILIES["llama"])
+    model, before = build(FAMILIES["llama"]), threading.active_count()
     with contextlib.closing(stream(model, LEFT_PADDED)) as layers:
         next(layers)
     with pytest.raises(IndexError):
         list(stream(model, {"input_ids": torch.tensor([[999]])}))
-    assert threading.active_count() == 1
+    assert threading.active_count() == before
 
 
 # --- gradients
@@ -434,6 +458,49 @@ def test_gradients_reach_alpha_through_the_attention(family, metric, monkeypatch
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-4)
     np.testing.assert_allclose(found, expected, rtol=5e-3, atol=2e-4 * np.abs(expected).max())
     assert np.abs(found).max() > 1e-3
+
+
+# --- which heads matter
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_importance_is_the_change_of_attention_times_the_squared_gradient_of_the_loss(family):
+    base, tuned = build(FAMILIES[family]), build(FAMILIES[family], seed=1)
+    found = head_importance(base, tuned, [RIGHT_PADDED, LEFT_PADDED])
+    assert all(p.grad is None for p in base.parameters())
+    moved, felt, positions = 0, 0, 0
+    for inputs in (RIGHT_PADDED, LEFT_PADDED):
+        real = counted(inputs)
+        labels = inputs["input_ids"].masked_fill(~real, -100)
+        base.set_attn_implementation("eager")
+        out = base(**inputs, labels=labels, use_cache=False, output_attentions=True)
+        slopes = torch.autograd.grad(out.loss * (labels[:, 1:] != -100).sum(), out.attentions)
+        base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
+        a, m, slope = (
+            torch.stack(x).detach() for x in (out.attentions, eager_attentions(tuned, inputs), slopes)
+        )
+        moved += (a - m).square().sum(-1).masked_fill(~real[:, None], 0).sum((1, 3))
+        felt += (slope.square() * (a > 0)).sum(-1).masked_fill(~real[:, None], 0).sum((1, 3))
+        positions += real.sum()
+    expected = moved * felt / positions**2
+    torch.testing.assert_close(torch.stack(list(found.values())).float(), expected, rtol=2e-3, atol=1e-9)
+
+
+def test_the_heads_with_the_largest_importance_are_kept_whatever_is_frozen():
+    base, tuned = (build(FAMILIES["llama"], seed).requires_grad_(False) for seed in (0, 1))
+    importance = torch.cat(list(head_importance(base, tuned, [LEFT_PADDED]).values()))
+    kept = torch.cat(list(head_weights(base, tuned, [LEFT_PADDED], share=0.3).values()))
+    assert kept.sum() == 3  # of eight
+    assert importance[kept == 1].min() > importance[kept == 0].max()
+    recorded = torch.cat(list(head_importance(base, [record(tuned, LEFT_PADDED)], [LEFT_PADDED]).values()))
+    assert torch.equal(recorded, importance)
+
+
+def test_a_mean_over_heads_is_weighted():
+    by_layer = {0: torch.tensor([[1.0, 2.0]]), 3: torch.tensor([[3.0, 6.0]])}
+    assert over_heads(by_layer).tolist() == [3]
+    weights = {0: torch.tensor([1.0, 0.0]), 3: torch.tensor([0.0, 3.0]), 1: torch.tensor([7.0])}
+    assert over_heads(by_layer, weights).tolist() == [(1 + 18) / 4]
 
 
 # --- the task

@@ -13,7 +13,7 @@ and the choice of teacher are ours.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,11 +24,21 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from arma_mergekit.attention.formulas import Divergence, divergence
+from arma_mergekit.attention.formulas import divergence
 from arma_mergekit.attention.layers import Inputs, Layer, Model, observed, run, stream
 from arma_mergekit.errors import CheckpointError, DataError
 
-__all__ = ["HeadDivergences", "divergence_by_head", "divergences", "query_positions"]
+__all__ = [
+    "HeadDivergences",
+    "by_head",
+    "compare_rows",
+    "divergence_by_head",
+    "divergences",
+    "over_heads",
+    "over_queries",
+    "query_positions",
+    "visit",
+]
 
 Array = npt.NDArray[np.float64]
 # query positions at a time: their rows stay in a processor's cache, and preparing the keys costs less than they do
@@ -38,35 +48,76 @@ BLOCK = 32
 def divergences(
     student: Model, inputs: Inputs, teacher: Model | Iterable[Layer], metric: str = "js"
 ) -> dict[int, Tensor]:
-    """Divergence (B, H) of each attention layer of one forward pass, summed over query positions.
+    """Divergence (B, H) of each attention layer of one forward pass, summed over query positions: `compare_rows`."""
+    return compare_rows(student, inputs, [teacher], divergence(metric))
 
-    ``teacher``: another model, run in lock-step, or the layers that `record` kept of the same inputs. Keys: depths of
-    the layers; those without softmax attention (Mamba, linear attention) are absent, those that run several times have
-    their heads once per run. Differentiable with respect to the student where gradients are on; the backward pass
-    computes the probabilities again, so then, too, no more than a block of them exists.
-    CheckpointError if no attention was seen, or the teacher's layers are of other shapes.
+
+def compare_rows(
+    student: Model | Iterable[Layer],
+    inputs: Inputs,
+    teachers: Sequence[Model | Iterable[Layer]],
+    measure: Callable[..., Tensor],
+) -> dict[int, Tensor]:
+    """A measure (..., B, H) of each attention layer of one forward pass, summed over query positions.
+
+    ``student``, ``teachers``: models, run in lock-step, or the layers that `record` kept of them. ``measure``: from
+    rows (B, H, t, S) of student and teachers to (..., B, H, t). Keys: depths of the layers; those without softmax
+    attention (Mamba, linear attention) are absent, those that run several times have their heads once per run.
+    Differentiable with respect to the student where gradients are on; the backward pass computes the probabilities
+    again, so then, too, no more than a block of them exists. CheckpointError as of `visit`.
     """
-    distance, queries = divergence(metric), query_positions(inputs)
+    queries = query_positions(inputs)
     found: dict[int, list[Tensor]] = {}
 
-    def consume(layer: Layer) -> None:
-        other = next(others, None)
-        if other is None or other.query.shape[:3] != layer.query.shape[:3]:
-            raise CheckpointError(
-                f"Attention layer {layer.index} has no counterpart of its shape in the teacher; compare models of one "
-                "architecture, on the same inputs."
-            )
-        found.setdefault(layer.index, []).append(_compare(distance, layer, other, queries))
+    def consume(*layers: Layer) -> None:
+        found.setdefault(layers[0].index, []).append(over_queries(measure, layers, queries))
 
-    counterparts = stream(teacher, inputs) if callable(teacher) else _each(teacher)
-    with contextlib.closing(counterparts) as others, observed(consume):
-        run(student, inputs)
-    if not found:
+    visit(student, inputs, teachers, consume)
+    return {layer: torch.cat(runs, -1) for layer, runs in found.items()}
+
+
+def visit(
+    student: Model | Iterable[Layer],
+    inputs: Inputs,
+    teachers: Sequence[Model | Iterable[Layer]],
+    consume: Callable[..., None],
+) -> None:
+    """Hand over each attention layer of the student's forward pass with its counterpart in each teacher.
+
+    CheckpointError if no attention was seen, or a teacher's layers are of other shapes.
+    """
+    seen = False
+    with contextlib.ExitStack() as stack:
+        streams = [
+            stack.enter_context(contextlib.closing(stream(t, inputs) if callable(t) else _each(t)))
+            for t in teachers
+        ]
+
+        def pair(layer: Layer) -> None:
+            nonlocal seen
+            seen = True
+            consume(layer, *(_counterpart(layer, next(others, None)) for others in streams))
+
+        if callable(student):
+            with observed(pair):
+                run(student, inputs)
+        else:
+            for layer in student:
+                pair(layer)
+    if not seen:
         raise CheckpointError(
             "No softmax attention was seen: the model has none (Mamba), or computes it in code of its own (Bloom, "
             "Falcon, GPT-J), or was not loaded with attn_implementation 'sdpa' or 'eager'."
         )
-    return {layer: torch.cat(runs, 1) for layer, runs in found.items()}
+
+
+def _counterpart(layer: Layer, other: Layer | None) -> Layer:
+    if other is None or other.query.shape[:3] != layer.query.shape[:3]:
+        raise CheckpointError(
+            f"Attention layer {layer.index} has no counterpart of its shape in the teacher; compare models of one "
+            "architecture, on the same inputs."
+        )
+    return other
 
 
 def _each(layers: Iterable[Layer]) -> Generator[Layer]:
@@ -80,18 +131,27 @@ def query_positions(inputs: Inputs) -> Tensor:
     return mask.bool() & (mask.cumsum(1) > 1)
 
 
-def _compare(distance: Divergence, student: Layer, teacher: Layer, queries: Tensor) -> Tensor:
-    """Divergence (B, H) of a layer, summed over the query positions, a block of them at a time."""
-    length = student.query.shape[2]
+def over_queries(measure: Callable[..., Tensor], layers: Sequence[Layer], queries: Tensor) -> Tensor:
+    """A measure (..., B, H) of rows of all ``layers``, summed over query positions, a block of them at a time."""
+    length = layers[0].query.shape[2]
 
     def block(start: int) -> Tensor:
         stop = min(start + BLOCK, length)
-        rows = distance(student.rows(start, stop), teacher.rows(start, stop))
+        rows = measure(*(layer.rows(start, stop) for layer in layers))
         return rows.masked_fill(~queries[:, None, start:stop], 0).sum(-1)
 
     if torch.is_grad_enabled():
         block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
     return torch.stack([block(start) for start in range(0, length, BLOCK)]).sum(0)
+
+
+def over_heads(by_layer: Mapping[int, Tensor], weights: Mapping[int, Tensor] | None = None) -> Tensor:
+    """Mean (...) over layers and heads of values (..., H) by layer; ``weights``: (H,) by layer, as `head_weights`."""
+    values = torch.cat(list(by_layer.values()), -1)
+    if weights is None:
+        return values.mean(-1)
+    w = torch.cat([weights[layer] for layer in by_layer]).to(values)
+    return (values * w).sum(-1) / w.sum()
 
 
 @dataclass(frozen=True)
@@ -121,12 +181,18 @@ def divergence_by_head(
         other = teacher if callable(teacher) else teacher[number]
         for layer, found in divergences(student, inputs, other, metric).items():
             total[layer] = total.get(layer, 0) + found.sum(0).double()
+    return by_head(total, batches, student)
+
+
+def by_head(total: Mapping[int, Tensor], batches: Iterable[Inputs], model: Any) -> HeadDivergences:
+    """Sums (..., H) of each layer over all query positions as means (..., layers, heads); DataError without any."""
     positions = sum(int(query_positions(inputs).sum()) for inputs in batches)
     if not positions:
         raise DataError("Attention can be compared on texts of at least two tokens only; give longer ones.")
     layers = tuple(sorted(total))
-    values = np.full((len(layers), max(map(len, total.values()))), np.nan)
-    for row, layer in zip(values, layers, strict=True):
-        row[: len(total[layer])] = total[layer].cpu().numpy() / positions
-    depths = range(0 if -1 in layers else student.config.get_text_config().num_hidden_layers)
+    heads = max(found.shape[-1] for found in total.values())
+    values = np.full((*total[layers[0]].shape[:-1], len(layers), heads), np.nan)
+    for row, layer in enumerate(layers):
+        values[..., row, : total[layer].shape[-1]] = total[layer].cpu().numpy() / positions
+    depths = range(0 if -1 in layers else model.config.get_text_config().num_hidden_layers)
     return HeadDivergences(values, layers, tuple(sorted(set(depths) - set(layers))))

@@ -38,7 +38,11 @@ __all__ = ["Inputs", "Layer", "Model", "observed", "record", "run", "stream"]
 Model = Callable[..., Any]  # a transformers causal LM, or a live model
 Inputs = Mapping[str, Tensor]  # input_ids (B, T) and what else the model takes, as attention_mask (B, T)
 
-_consumer: ContextVar[Callable[[Layer], None] | None] = ContextVar("consumer", default=None)
+After = Callable[["Layer", Tensor, Tensor], object]  # of a layer, its values and its output, see `observed`
+
+_consumer: ContextVar[tuple[Callable[[Layer], object], After | None] | None] = ContextVar(
+    "consumer", default=None
+)
 _lock = threading.Lock()
 _open = 0
 
@@ -139,12 +143,13 @@ def _own_eager(module: Any) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 @contextlib.contextmanager
-def observed(consume: Callable[[Layer], None]) -> Iterator[None]:
+def observed(consume: Callable[[Layer], object], after: After | None = None) -> Iterator[None]:
     """Within the block, ``consume`` gets each attention layer that a transformers model runs, in this thread.
 
     What the model computes stays the same to the bit. Only models loaded with SDPA or eager attention are seen.
+    ``after`` gets the layer again with its values (B, heads of keys, S, d) and what was made of them (B, T, H, d).
     """
-    token = _consumer.set(consume)
+    token = _consumer.set((consume, after))
     try:
         with _tapped():
             yield
@@ -176,10 +181,15 @@ def _tap(
     function: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> Any:
     """An attention function (None: the module's own eager one) that shows its arguments to the consumer first."""
-    consume = _consumer.get()
-    if consume is not None:
-        consume(Layer(module, query, key, attention_mask, options))
-    return (function or _own_eager(module))(module, query, key, value, attention_mask, **options)
+    function, consumer = function or _own_eager(module), _consumer.get()
+    if consumer is None:
+        return function(module, query, key, value, attention_mask, **options)
+    (consume, after), layer = consumer, Layer(module, query, key, attention_mask, options)
+    consume(layer)
+    result = function(module, query, key, value, attention_mask, **options)
+    if after is not None:
+        after(layer, value, result[0])
+    return result
 
 
 def run(model: Model, inputs: Inputs) -> None:

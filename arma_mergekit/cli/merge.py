@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ def run_merge(
     from arma_mergekit.recipe import Recipe
 
     describe, warnings = describer(path)
-    with Progress(quiet) as progress:
+    with _unharmed(out), Progress(quiet) as progress:
         merged = merge(
             Recipe.parse(content, path), out, overwrite=overwrite, shard_size=shard_size, digests=digests,
             memo=DigestMemo.default(), begin=lambda plan: progress.start(plan.bytes_written), describe=describe,
@@ -97,6 +98,16 @@ def run_merge(
     _say(f"{out}: {counts['averaged']} tensors averaged, {counts['copied']} copied.", quiet)
     _say(f"{_size(merged.lock)} in {seconds:.1f} s ({rate}/s). Check it: arma verify {out}", quiet)
     return merged.lock
+
+
+@contextlib.contextmanager
+def _unharmed(out: Path) -> Iterator[None]:
+    """Say what an interruption leaves."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        click.echo(f"\n{out} is as it was; the same command starts again.", err=True)
+        raise
 
 
 def describer(recipe: Path) -> tuple[Describe, list[str]]:

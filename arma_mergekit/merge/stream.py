@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,6 @@ from arma_mergekit.plan import Plan, PlannedTensor
 __all__ = ["Advance", "Blocks", "Filled", "cores", "fill"]
 
 HASHED = 1 << 20  # bytes a digest takes in at a time
-AHEAD = 3  # files under way at once, so that few pieces wait
 UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
 Array = npt.NDArray[Any]
 Advance = Callable[[int], None]
@@ -161,23 +161,36 @@ class Fill:
 
     def run(self, shards: Sequence[Shard], inputs: Sequence[Path], digests: bool, workers: int) -> Filled:
         """Write all files; whatever fails stops the rest."""
-        pools = [ThreadPoolExecutor(workers) for _ in range(3)]
+        pools = [ThreadPoolExecutor(count) for count in (workers, 2 * workers, workers)]
         work, behind, reading = pools
         try:
             hashed = {file: reading.submit(self._digest, file) for file in inputs}
-            done: dict[str, Future[str]] = {}
-            for k, shard in enumerate(shards):
-                if k >= AHEAD:
-                    done[shards[k - AHEAD].name].result()
-                file = self._create(shard)
-                pieces = [work.submit(self._write, file, piece) for piece in shard.pieces]
-                done[shard.name] = behind.submit(self._finish, file, shard, pieces, digests)
-            outputs = {name: future.result() for name, future in done.items()}
+            done: list[Future[str]] = []
+            for first in range(0, len(shards), workers):
+                for earlier in done[max(0, first - workers) : first]:
+                    earlier.result()  # few pieces wait at a time
+                done += self._begin(shards[first : first + workers], work, behind, digests)
+            outputs = {shard.name: future.result() for shard, future in zip(shards, done, strict=True)}
             return Filled(outputs, {file: future.result() for file, future in hashed.items()})
         finally:
             self._stop.set()
             for pool in pools:
                 pool.shutdown(cancel_futures=True)
+
+    def _begin(
+        self, shards: Sequence[Shard], work: ThreadPoolExecutor, behind: ThreadPoolExecutor, digests: bool
+    ) -> list[Future[str]]:
+        """Queue the pieces of these files in turn: two writers of one file would wait for each other."""
+        files = [self._create(shard) for shard in shards]
+        queued: list[list[Future[None]]] = [[] for _ in shards]
+        for pieces in zip_longest(*(shard.pieces for shard in shards)):
+            for file, piece, futures in zip(files, pieces, queued, strict=True):
+                if piece is not None:
+                    futures.append(work.submit(self._write, file, piece))
+        return [
+            behind.submit(self._finish, file, shard, futures, digests)
+            for file, shard, futures in zip(files, shards, queued, strict=True)
+        ]
 
     def _digest(self, file: Path) -> str:
         try:
