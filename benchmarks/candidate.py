@@ -50,6 +50,7 @@ class Stopwatch:
         setattr(owner, method, self)
 
     def __call__(self, *args: Any) -> Any:
+        """Call it and count."""
         started = time.perf_counter()
         try:
             return self._call(*args)

@@ -513,18 +513,6 @@ def test_two_names_are_exchanged_in_two_steps_where_the_system_has_no_other_way(
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_copies_go_through_a_buffer_where_the_kernel_has_no_other_way(models, tmp_path, monkeypatch):
-    made = recipe(tmp_path, models["base"], models["tuned"])
-    merge(made, tmp_path / "kernel")
-
-    def unsupported(*_):
-        raise OSError(18, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "copy_file_range", unsupported, raising=False)
-    merge(made, tmp_path / "buffer")
-    assert files(tmp_path / "buffer")["model.safetensors"] == files(tmp_path / "kernel")["model.safetensors"]
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_nothing(models, tmp_path, number):
     made = recipe(tmp_path, models["base"], models["tuned"])

@@ -1,7 +1,7 @@
-"""Fills the files of a merge: copies in the kernel, averages in blocks, digests behind; all cores, a few MB of memory.
+"""Fills the files of a merge: copies and averages in blocks, digests behind; all cores, a few MB of memory.
 
-    workers     one per core; each takes the next piece in file order, reads, computes and writes it in place
-    digests     one thread per file follows the pieces that are done, while their pages are still in memory
+    workers     one per core; each fills a file, piece by piece and in place (several share it if files are few)
+    digests     another thread follows through the file, while its pages are still in memory
 
 Every worker owns buffers for one block (`kernel.CHUNK` elements of each operand) and makes nothing new; hashing,
 reading, writing and numpy's loops leave the interpreter free, so threads are enough. It knows layouts and checkpoints;
@@ -10,16 +10,15 @@ no recipes, directories or progress bars.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -32,13 +31,12 @@ from arma_mergekit.checkpoint.read import changed, opened, read_into
 from arma_mergekit.digest import sha256_of
 from arma_mergekit.errors import CheckpointError, DataError
 from arma_mergekit.kernel import CHUNK, average_block, narrow, sole_operand, widen
-from arma_mergekit.merge.layout import Computed, Copied, Piece, Shard
+from arma_mergekit.merge.layout import Copied, Piece, Shard
 from arma_mergekit.plan import Plan, PlannedTensor
 
 __all__ = ["Advance", "Blocks", "Filled", "cores", "fill"]
 
-HASHED = 1 << 20  # bytes a digest takes in at a time
-UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
+HASHED = COPIED = 1 << 20  # bytes a digest, or a copy, takes in at a time
 Array = npt.NDArray[Any]
 Advance = Callable[[int], None]
 
@@ -152,6 +150,14 @@ class Filled:
     inputs: Mapping[Path, str]
 
 
+class Lane:
+    """Consecutive pieces of a file that one worker fills, and how far it has come: offsets, then None at its end."""
+
+    def __init__(self, file: Path, pieces: Sequence[Piece]) -> None:
+        self.file, self.pieces = file, pieces
+        self.reached: SimpleQueue[int | None] = SimpleQueue()
+
+
 class Fill:
     """One merge under way: see `fill`."""
 
@@ -161,36 +167,33 @@ class Fill:
 
     def run(self, shards: Sequence[Shard], inputs: Sequence[Path], digests: bool, workers: int) -> Filled:
         """Write all files; whatever fails stops the rest."""
-        pools = [ThreadPoolExecutor(count) for count in (workers, 2 * workers, workers)]
+        pools = [ThreadPoolExecutor(workers) for _ in range(3)]
         work, behind, reading = pools
+        lanes = [self._lanes(shard, -(-workers // len(shards))) for shard in shards]
         try:
             hashed = {file: reading.submit(self._digest, file) for file in inputs}
-            done: list[Future[str]] = []
-            for first in range(0, len(shards), workers):
-                for earlier in done[max(0, first - workers) : first]:
-                    earlier.result()  # few pieces wait at a time
-                done += self._begin(shards[first : first + workers], work, behind, digests)
+            filled = [[(lane, work.submit(self._fill, lane)) for lane in each] for each in lanes]
+            done = [behind.submit(self._finish, *pair, digests) for pair in zip(shards, filled, strict=True)]
             outputs = {shard.name: future.result() for shard, future in zip(shards, done, strict=True)}
             return Filled(outputs, {file: future.result() for file, future in hashed.items()})
         finally:
             self._stop.set()
-            for pool in pools:
-                pool.shutdown(cancel_futures=True)
+            for pool in pools:  # nothing is cancelled: what is queued sees the stop, and says that it has
+                pool.shutdown()
 
-    def _begin(
-        self, shards: Sequence[Shard], work: ThreadPoolExecutor, behind: ThreadPoolExecutor, digests: bool
-    ) -> list[Future[str]]:
-        """Queue the pieces of these files in turn: two writers of one file would wait for each other."""
-        files = [self._create(shard) for shard in shards]
-        queued: list[list[Future[None]]] = [[] for _ in shards]
-        for pieces in zip_longest(*(shard.pieces for shard in shards)):
-            for file, piece, futures in zip(files, pieces, queued, strict=True):
-                if piece is not None:
-                    futures.append(work.submit(self._write, file, piece))
-        return [
-            behind.submit(self._finish, file, shard, futures, digests)
-            for file, shard, futures in zip(files, shards, queued, strict=True)
-        ]
+    def _lanes(self, shard: Shard, count: int) -> list[Lane]:
+        """The file, with its header, and its pieces in ``count`` parts of about the same number of bytes.
+
+        Few files need several workers each; else one is best, since two writers of one file wait for each other.
+        """
+        file = self._directory / shard.name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("xb") as stream:
+            stream.write(len(shard.header).to_bytes(8, "little") + shard.header)
+        parts: list[list[Piece]] = [[] for _ in range(count)]
+        for piece in shard.pieces:
+            parts[min(count - 1, piece.start * count // shard.size)].append(piece)
+        return [Lane(file, part) for part in parts]
 
     def _digest(self, file: Path) -> str:
         try:
@@ -198,57 +201,49 @@ class Fill:
         except DataError as error:
             raise changed(file) from error
 
-    def _create(self, shard: Shard) -> int:
-        path = self._directory / shard.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        write(file, len(shard.header).to_bytes(8, "little") + shard.header, 0)
-        return file
-
-    def _write(self, file: int, piece: Piece) -> None:
-        """Fill one piece of an output file; what is queued after a failure is not done."""
-        if self._stop.is_set():
-            return
+    def _fill(self, lane: Lane) -> None:
+        """Fill a lane; a failure stops all lanes."""
         try:
-            if isinstance(piece, Copied):
-                with opened(piece.file) as source:
-                    copy(source, file, piece)
-            else:
-                self._compute(file, piece)
+            with open(lane.file, "r+b", buffering=0) as target:
+                for piece in lane.pieces:
+                    if self._stop.is_set():
+                        return
+                    self._write(target.fileno(), piece)
+                    lane.reached.put(piece.stop)
+                    self._advance(piece.stop - piece.start)
         except BaseException:
             self._stop.set()
             raise
-        self._advance(piece.stop - piece.start)
+        finally:
+            lane.reached.put(None)
 
-    def _compute(self, file: int, piece: Computed) -> None:
+    def _write(self, target: int, piece: Piece) -> None:
         if not hasattr(self._mine, "blocks"):
             self._mine.blocks = Blocks(self._plan, self._before)
+            self._mine.buffer = memoryview(bytearray(COPIED))
+        if isinstance(piece, Copied):
+            with opened(piece.file) as source:
+                copy(source, target, piece, self._mine.buffer)
+            return
         at = piece.start
         for block in self._mine.blocks(piece.tensor, piece.first, piece.last):
-            write(file, block.view(np.uint8).data, at)
+            write(target, block.view(np.uint8).data, at)
             at += block.nbytes
 
-    def _finish(self, file: int, shard: Shard, pieces: Sequence[Future[None]], digests: bool) -> str:
-        """Follow the pieces with the digest, then sync; the sha256 in hex, empty if not asked for."""
-        try:
-            found, buffer = hashlib.sha256(), bytearray(HASHED)
-            ends = [8 + len(shard.header), *(piece.stop for piece in shard.pieces)]
-            done: Sequence[Future[None] | None] = [None, *pieces]
-            at = 0
-            for end, piece in zip(ends, done, strict=True):
-                if piece is not None:
-                    piece.result()
-                while digests and at < end:
+    def _finish(self, shard: Shard, lanes: Sequence[tuple[Lane, Future[None]]], digests: bool) -> str:
+        """Follow the lanes of a file with the digest, then sync; the sha256 in hex, empty if not asked for."""
+        found, buffer, at = hashlib.sha256(), bytearray(HASHED), 0
+        with open(lanes[0][0].file, "rb", buffering=0) as file:
+            ends = chain.from_iterable(iter(lane.reached.get, None) for lane, _ in lanes)
+            for end in chain(ends, [shard.size]):
+                while digests and at < end and not self._stop.is_set():
                     view = memoryview(buffer)[: min(HASHED, end - at)]
-                    at += os.preadv(file, [view], at)
+                    at += file.readinto(view) or 0
                     found.update(view)
-            os.fsync(file)
-            return found.hexdigest() if digests else ""
-        finally:
-            for future in pieces:  # they write to the file that is closed now
-                with contextlib.suppress(CancelledError):  # `wait` would never return
-                    future.exception()
-            os.close(file)
+            for _, future in lanes:
+                future.result()
+            os.fsync(file.fileno())
+        return found.hexdigest() if digests else ""
 
 
 def fill(
@@ -282,22 +277,12 @@ def write(file: int, data: bytes | memoryview, at: int) -> None:
         done += os.pwrite(file, view[done:], at + done)
 
 
-def copy(source: int, target: int, piece: Copied) -> None:
-    """In the kernel (the filesystem may share the blocks), or through a buffer where it cannot."""
+def copy(source: int, target: int, piece: Copied, buffer: memoryview) -> None:
+    """Through a buffer that stays in the cache: on ext4 that takes less than copy_file_range, which goes by pages."""
     done, size = 0, piece.stop - piece.start
-    while done < size and hasattr(os, "copy_file_range"):
-        try:
-            count = os.copy_file_range(source, target, size - done, piece.offset + done, piece.start + done)
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-            break
-        if count == 0:
-            raise changed(piece.file)
-        done += count
     while done < size:
-        data = os.pread(source, min(HASHED, size - done), piece.offset + done)
-        if not data:
+        count = os.preadv(source, [buffer[: size - done]], piece.offset + done)
+        if not count:
             raise changed(piece.file)
-        write(target, data, piece.start + done)
-        done += len(data)
+        write(target, buffer[:count], piece.start + done)
+        done += count
