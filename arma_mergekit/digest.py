@@ -19,7 +19,7 @@ from arma_mergekit.errors import DataError
 __all__ = ["DigestMemo", "cache_directory", "known_digest", "sha256_of", "state"]
 
 BLOCK = 1 << 20
-TABLE = "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, state TEXT NOT NULL, sha256 TEXT NOT NULL)"
+TABLE = "CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, state TEXT NOT NULL, sha256 TEXT NOT NULL)"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -76,17 +76,21 @@ class DigestMemo:
             return named
         with contextlib.suppress(sqlite3.Error):
             row = self._base.execute(
-                "SELECT sha256 FROM files WHERE path = ? AND state = ?", (str(path.resolve()), state(path))
+                "SELECT sha256 FROM files WHERE path = ? AND state = ?",
+                (os.fsencode(path.resolve()), state(path)),
             ).fetchone()
             return None if row is None else str(row[0])
         return None
 
     def put(self, path: Path, sha256: str, before: str) -> str:
         """Remember a digest, unless the file is no longer in the state it had ``before`` it was hashed."""
-        if self._base is not None and state(path) == before:
-            with contextlib.suppress(sqlite3.Error):
+        if self._base is not None:
+            with contextlib.suppress(sqlite3.Error, OSError):
+                if state(path) != before:
+                    return sha256
                 self._base.execute(
-                    "INSERT OR REPLACE INTO files VALUES (?, ?, ?)", (str(path.resolve()), before, sha256)
+                    "INSERT OR REPLACE INTO files VALUES (?, ?, ?)",
+                    (os.fsencode(path.resolve()), before, sha256),
                 )
         return sha256
 

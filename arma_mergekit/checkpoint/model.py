@@ -154,11 +154,12 @@ def _shard(path: Path, shard: str) -> dict[str, TensorInfo]:
         raise CheckpointError(
             f"{path / INDEX} lists the pickled shard {shard}, which is never opened; use safetensors."
         )
+    odd = CheckpointError(f"{path / INDEX} lists the shard {shard[:60]!r}, which is no .safetensors file.")
+    if not shard.isprintable():
+        raise odd
     file = contained(path, shard)
-    if not shard.endswith(".safetensors") or not shard.isprintable():
-        raise CheckpointError(
-            f"{path / INDEX} lists the shard {shard[:60]!r}, which is no .safetensors file."
-        )
+    if not shard.endswith(".safetensors"):
+        raise odd
     if not file.is_file():
         raise CheckpointError(f"Shard {file} is missing though {INDEX} lists it; download it again.")
     return read_header(file)

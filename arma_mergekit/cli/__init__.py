@@ -6,6 +6,7 @@ A command lives in a module of this package and is imported when it is called, s
 from __future__ import annotations
 
 import importlib
+import io
 import signal
 import sys
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import click
 
 from arma_mergekit import __version__
-from arma_mergekit.errors import ArmaError, unknown
+from arma_mergekit.errors import ArmaError, RunError, unknown
 
 __all__ = ["COMMANDS", "main", "tune"]
 
@@ -61,9 +62,11 @@ def cli() -> None:
 
 def run(command: click.Command, name: str, args: list[str] | None = None) -> None:
     """Run a command and exit: 0, or the code of the error (errors.py), its sentence on stderr."""
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(TERMINATED)
-    )  # as Ctrl-C does, so that drafts are removed
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+    # ends as Ctrl-C does, so that drafts are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         result: Any = command.main(args, prog_name=name, standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
@@ -75,7 +78,7 @@ def run(command: click.Command, name: str, args: list[str] | None = None) -> Non
         sys.exit(error.exit_code)
     except OSError as error:
         click.echo(f"Error: {error.filename or 'input or output'}: {error.strerror or error}.", err=True)
-        sys.exit(1)
+        sys.exit(RunError.exit_code)
     except ArmaError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)

@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field, ValidationError
 from arma_mergekit import __version__
 from arma_mergekit.checkpoint import Checkpoint
 from arma_mergekit.checkpoint.header import read_json
+from arma_mergekit.checkpoint.read import changed
 from arma_mergekit.errors import CheckpointError
 from arma_mergekit.plan import Plan
 from arma_mergekit.recipe import Recipe
@@ -110,7 +111,10 @@ def _frame(
 
 
 def _input(role: str, side: Checkpoint, digests: Mapping[Path, str | None]) -> dict[str, Any]:
-    files = {_name(side, f): {"bytes": f.stat().st_size, "sha256": digests.get(f)} for f in side.files}
+    try:
+        files = {_name(side, f): {"bytes": f.stat().st_size, "sha256": digests.get(f)} for f in side.files}
+    except FileNotFoundError as error:
+        raise changed(Path(error.filename)) from error
     return {"role": role, "ref": side.ref, "commit": _commit(side.path), "files": files}
 
 
@@ -188,6 +192,8 @@ def read_lock(file: Path) -> dict[str, Any]:
 def _is_inside(name: str) -> bool:
     """Whether a name is that of a file in the directory."""
     path = PurePosixPath(name)
+    if not path.parts:
+        return False
     return (
         name.isprintable()
         and len(name) < 500
@@ -206,4 +212,5 @@ def _depth(value: Any, level: int = 0) -> int:
 
 def write_lock(lock: Mapping[str, Any], file: Path) -> None:
     """As JSON, stable and readable."""
-    file.write_text(json.dumps(lock, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    # escaped, since names of files need not be text
+    file.write_text(json.dumps(lock, indent=1) + "\n", encoding="utf-8")

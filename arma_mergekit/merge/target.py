@@ -52,8 +52,8 @@ def check_target(out: Path, overwrite: bool, protected: tuple[Path, ...]) -> Non
         raise UsageError(
             f"{out} holds no model, so it is not replaced; delete it yourself, or name another directory."
         )
-    here = out.resolve()
-    inside = next((p for p in protected if here in (p.resolve(), *p.resolve().parents)), None)
+    here = _real(out)
+    inside = next((p for p in protected if here in (_real(p), *_real(p).parents)), None)
     if inside is not None:
         raise UsageError(f"{out} holds {inside}, which is needed; name another directory.")
 
@@ -65,7 +65,7 @@ def draft_of(out: Path, size: int, check: Callable[[], None] = lambda: None) -> 
     ``size``: bytes it will hold; RunError if the disk has less, or for whatever else the disk refuses. ``check`` is
     called before the work and again before the rename: what it raises ends the block.
     """
-    out = out.resolve()
+    out = _real(out)
     with contextlib.ExitStack() as stack:
         try:
             draft, lock = _begin(out, size, check)
@@ -80,6 +80,14 @@ def draft_of(out: Path, size: int, check: Callable[[], None] = lambda: None) -> 
                 f"Cannot write {error.filename or out}: {error.strerror}. Nothing was left behind; start the same "
                 "command again when that is mended."
             ) from error
+
+
+def _real(path: Path) -> Path:
+    """Without links; UsageError for one that leads to itself."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # the second is what Python says to a loop up to 3.12
+        raise UsageError(f"{path} cannot be followed ({error}); name another directory.") from error
 
 
 def _begin(out: Path, size: int, check: Callable[[], None]) -> tuple[Path, int]:
