@@ -134,7 +134,7 @@ def of_run(run: Path, lock: Record) -> dict[str, Any] | None:
         return {"summary_sha256": hashlib.sha256(raw).hexdigest(), **_facts(summary, sides), **_items(held)}
     except OSError as error:
         raise RunError(f"Cannot read {error.filename}: {error.strerror}; check its rights.") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, InputError) as error:
         raise RunError(
             f"The run in {run} is damaged or of another version ({error!r}); tune again."
         ) from error

@@ -87,8 +87,9 @@ def _opened(models: list[str]) -> list[Checkpoint]:
     for model in models:
         try:
             found.append(open_model(model))
-        except CheckpointError:  # mergekit may know what to do with it, or will say so itself
-            continue
+        except CheckpointError:
+            if Path(model.partition("+")[0]).is_dir():  # pickled, broken, or no model: mergekit would open it
+                raise
     return found
 
 

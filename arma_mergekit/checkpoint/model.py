@@ -22,6 +22,7 @@ __all__ = ["Checkpoint", "read_tensor", "some", "tensors_of"]
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+MOST_PROBLEMS = 40  # told of one model
 NAMED = 3  # how many things of a kind an error names
 # numpy has no bfloat16 or 8-bit floats: those come as their bits
 NUMPY = {
@@ -145,7 +146,7 @@ def _sharded(path: Path, index: Mapping[str, Any]) -> dict[str, TensorInfo]:
         problems += _disagreements(path / shard, listed, header, weight_map)
         found.update((name, info) for name, info in header.items() if name in listed)
     if problems:
-        raise CheckpointError("\n".join(problems))
+        raise CheckpointError("\n".join(problems[:MOST_PROBLEMS]))
     return dict(sorted(found.items()))
 
 

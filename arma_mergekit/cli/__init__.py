@@ -18,6 +18,7 @@ from arma_mergekit.errors import ArmaError, RunError, unknown
 
 __all__ = ["COMMANDS", "main", "tune"]
 
+MOST_LINES = 40  # of an error
 TERMINATED = 143  # exit code, as shells have it
 COMMANDS = {
     "doctor": "Tell whether mergekit sees `merge_method: arma`, and why not.",
@@ -80,8 +81,15 @@ def run(command: click.Command, name: str, args: list[str] | None = None) -> Non
         click.echo(f"Error: {error.filename or 'input or output'}: {error.strerror or error}.", err=True)
         sys.exit(RunError.exit_code)
     except ArmaError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {clipped(str(error))}", err=True)
         sys.exit(error.exit_code)
+
+
+def clipped(text: str) -> str:
+    """The first sentences of many."""
+    lines = text.splitlines()
+    more = f"... and {len(lines) - MOST_LINES:,} more." if len(lines) > MOST_LINES else ""
+    return "\n".join(filter(None, [*lines[:MOST_LINES], more]))
 
 
 def main() -> None:

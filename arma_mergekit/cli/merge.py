@@ -106,7 +106,7 @@ def _unharmed(out: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        click.echo(f"\n{out} is as it was; the same command starts again.", err=True)
+        click.echo(f"\n{out} is as it was, or complete; the same command starts again.", err=True)
         raise
 
 

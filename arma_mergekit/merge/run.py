@@ -67,6 +67,11 @@ def merge(
     check()
     before = _states(input_files(sides))
     agree(planned)
+    warnings = [
+        f"{name} differs between {sides[0].ref} and {side.ref}; the result has the base's."
+        for side in planned.finetuned
+        for name in differing_tokenizers(sides[0], side)
+    ]
     shards = lay_out(planned, shard_size)
     memo = memo or DigestMemo()
     known: dict[Path, str | None] = {file: memo.get(file) if digests else None for file in before}
@@ -82,11 +87,6 @@ def merge(
         lock = make_lock(recipe, planned, shard_size, known, outputs)
         finish(lock, describe(lock, sides), draft, digests)
         _check_states(before)
-    warnings = [
-        f"{name} differs between {sides[0].ref} and {side.ref}; the result has the base's."
-        for side in planned.finetuned
-        for name in differing_tokenizers(sides[0], side)
-    ]
     return Merged(lock, (*planned.warnings, *warnings))
 
 

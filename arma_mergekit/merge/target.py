@@ -176,7 +176,11 @@ def _exchange(draft: Path, out: Path) -> None:
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}{OLD}", dir=out.parent))
     out.rename(aside)
-    draft.rename(out)
+    try:
+        draft.rename(out)
+    except BaseException:
+        aside.rename(out)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 

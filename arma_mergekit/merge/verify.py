@@ -11,7 +11,7 @@ With its inputs gone, files can still be compared with the sha256 in the lock. I
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +89,7 @@ def verify(
     findings += [*unlike, *_companions(merged, planned, source)]
     if quick or unlike:
         return Report(tuple(dict.fromkeys(findings)))
+    findings += _files(out, lock, only=WRITTEN_ANEW)
     advance = begin(sum(t.bytes_written for t in planned.tensors))
     findings += replay(merged, planned, DTYPES.get(source.dtype or ""), advance)
     return Report(tuple(dict.fromkeys(findings)), tensors=len(planned.tensors))
@@ -132,10 +133,14 @@ def _headers(merged: Checkpoint) -> Iterator[str]:
                 yield f"{INDEX} says {key} {shortened(said.get(key))}, its files hold {value}."
 
 
-def _files(out: Path, lock: Mapping[str, Any] | None, sizes_only: bool = False) -> Iterator[str]:
+def _files(
+    out: Path, lock: Mapping[str, Any] | None, sizes_only: bool = False, only: Sequence[str] | None = None
+) -> Iterator[str]:
     """Files of the lock that are gone, or have another size or content."""
     for name, said in (lock or {"output": {"files": {}}})["output"]["files"].items():
         file = out / name
+        if only is not None and name not in only:
+            continue
         if not file.is_file():
             yield f"{name} is missing, though {LOCK} lists it."
         elif file.stat().st_size != said["bytes"]:
@@ -151,7 +156,7 @@ def _companions(merged: Checkpoint, planned: Plan, recipe: Recipe) -> Iterator[s
     yield from unlike_companions(base, merged.path, dtype)
     wanted = [name for name, _, _ in companions(base, dtype)]
     weights = {t.file for t in merged.tensors.values()}
-    for file in sorted(p for p in merged.path.rglob("*") if not p.is_dir()):
+    for file in sorted(p for p in merged.path.rglob("*") if p.is_symlink() or not p.is_dir()):
         name = file.relative_to(merged.path).as_posix()
         if name not in (*wanted, INDEX, LOCK, *WRITTEN_ANEW) and file not in weights:
             yield f"{name} is no file of this merge."

@@ -52,7 +52,7 @@ class Recipe(Strict):
 
     merge_method: str
     base_model: str = Field(min_length=1)
-    models: tuple[ModelEntry, ...] = Field(default=(), min_length=1)
+    models: tuple[ModelEntry, ...] = Field(default=(), min_length=1, max_length=64)
     parameters: Parameters = Parameters()
     dtype: DType | None = None
     out_dtype: DType | None = None
