@@ -22,7 +22,7 @@ LAYERS = (
     ("executor",),
     ("export", "load", "scoring", "verdict", "fingerprint", "cache", "worker", "engines"),
     ("arms", "tune", "averaging", "difference", "continual", "siamese"),
-    ("plugin", "report", "evaluation", "card", "results", "run", "ci", "gate"),
+    ("plugin", "report", "evaluation", "card", "results", "run", "ci", "gate", "finetune"),
     ("cli", "mergekit_yaml", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -83,7 +83,7 @@ def ours(file):
 
 def test_there_is_something_to_test():
     assert {"kernel", "recipe", "cli"} <= {unit(file) for file in MODULES}
-    assert ours(ROOT / "checkpoint" / "adapter.py") == {"checkpoint", "errors", "kernel"}
+    assert ours(ROOT / "checkpoint" / "lowrank.py") == {"checkpoint", "errors", "kernel"}
 
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(ROOT)))

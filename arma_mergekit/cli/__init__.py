@@ -21,8 +21,10 @@ __all__ = ["COMMANDS", "main", "tune"]
 MOST_LINES = 40  # of an error
 TERMINATED = 143  # exit code, as shells have it
 COMMANDS = {
+    "continual": "Fine-tune on one task after another, and measure forgetting.",
     "doctor": "Tell whether mergekit sees `merge_method: arma`, and why not.",
     "merge": "Merge a recipe into a directory, at copy speed.",
+    "finetune": "Fine-tune a model, whole or through an adapter.",
     "gate": "Tell whether a merged checkpoint scores what was promised.",
     "inspect": "Show where two models differ, by layer, projection and head.",
     "plan": "Show what a recipe does to every tensor, reading headers only.",
