@@ -517,7 +517,8 @@ def test_two_names_are_exchanged_in_two_steps_where_the_system_has_no_other_way(
 def test_a_signal_leaves_nothing(models, tmp_path, number):
     made = recipe(tmp_path, models["base"], models["tuned"])
     slow = (
-        "import sys, time; from arma_mergekit.merge import stream; real = stream.copy\n"
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs ignore it
+        "from arma_mergekit.merge import stream; real = stream.copy\n"
         "def copy(*a): print('copying', flush=True); time.sleep(0.2); real(*a)\n"
         "stream.copy = copy; from arma_mergekit.cli import main; main()"
     )
