@@ -32,6 +32,7 @@ from arma_mergekit.errors import CheckpointError, DataError, RunError, unknown
 from arma_mergekit.evals.rows import continuation
 from arma_mergekit.evals.sources import Record, read_records
 from arma_mergekit.load import LOCAL, as_dtype, build_model, max_positions, readable
+from arma_mergekit.whole import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -398,6 +399,4 @@ def _earlier(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _write(out: Path, record: Mapping[str, Any]) -> None:
-    draft = out / f"{RECORD}.draft"
-    draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    draft.replace(out / RECORD)
+    write_whole({out / RECORD: json.dumps(record, indent=2) + "\n"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,13 @@ from arma_mergekit.export import stock_recipe, tuned_recipe
 from arma_mergekit.recipe import Recipe
 from arma_mergekit.roles import roles
 from arma_mergekit.search.bayes import write_studies
+from arma_mergekit.whole import write_whole
 
 if TYPE_CHECKING:
     from arma_mergekit.tune import Candidate, Result, Tuner
     from arma_mergekit.verdict import Difference
 
-__all__ = ["merge_command", "summary", "write_best", "write_results"]
+__all__ = ["merge_command", "summary", "write_best", "write_files", "write_results"]
 
 
 def write_results(tuner: Tuner, result: Result, out: Path, command: str = "") -> dict[str, Any]:
@@ -39,7 +39,7 @@ def write_results(tuner: Tuner, result: Result, out: Path, command: str = "") ->
     }
     texts["summary.json"] = json.dumps(whole, indent=2) + "\n"
     texts["report.html"] = report.render(whole, tuner.journal.records())
-    write_whole(out, texts)
+    write_files(out, texts)
     if studies := tuner.studies():
         write_studies(out / "study.log", studies)
     return whole
@@ -47,7 +47,7 @@ def write_results(tuner: Tuner, result: Result, out: Path, command: str = "") ->
 
 def write_best(recipe: Recipe, best: Candidate, out: Path) -> Path:
     """Only tuned.yml, of a run that was interrupted; returns its path."""
-    write_whole(out, {"tuned.yml": recipe_text(recipe, best, out / "tuned.yml")})
+    write_files(out, {"tuned.yml": recipe_text(recipe, best, out / "tuned.yml")})
     return out / "tuned.yml"
 
 
@@ -152,20 +152,11 @@ def to_yaml(data: Mapping[str, Any]) -> str:
     return str(yaml.dump(dict(data), Dumper=Dumper, sort_keys=False, width=120))
 
 
-def write_whole(out: Path, texts: Mapping[str, str]) -> None:
-    """Write all files beside their places and sync them, then rename: a full disk leaves the old ones as they were."""
-    drafts = {out / f".{name}.draft": out / name for name in texts}
+def write_files(out: Path, texts: Mapping[str, str]) -> None:
+    """Write the run's files; RunError leaves the old ones as they were."""
     try:
-        for (draft, _), text in zip(drafts.items(), texts.values(), strict=True):
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        for draft, path in drafts.items():
-            draft.replace(path)
+        write_whole({out / name: text for name, text in texts.items()})
     except OSError as error:
-        for draft in drafts:
-            draft.unlink(missing_ok=True)
         raise RunError(
             f"Cannot write the results to {out}: {error.strerror}. Every score is in the journal; make room and start "
             "the same command again."

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from arma_mergekit.continual.plan import Plan
 from arma_mergekit.continual.run import ContinualRun, overall
 from arma_mergekit.report.continual import render, standalone
-from arma_mergekit.results import write_whole
+from arma_mergekit.results import write_files
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "runs" / "continual"
@@ -77,7 +77,7 @@ def carry_out(out: Path, plan: dict[str, Any]) -> None:
     path.write_text(yaml.safe_dump(plan, sort_keys=False), encoding="utf-8")
     found = ContinualRun(Plan.load(path), out, lambda text: print(text, flush=True)).run()
     texts = {"summary.json": json.dumps(found, indent=2) + "\n"}
-    write_whole(out, texts | {"report.html": render(found), "matrices.svg": standalone(found)})
+    write_files(out, texts | {"report.html": render(found), "matrices.svg": standalone(found)})
 
 
 def table(out: Path) -> str:

@@ -15,7 +15,7 @@ ROOT = Path(arma_mergekit.__file__).parent
 
 # A module imports from its own line or from those above it. `recipes` of a new module: put it where its imports allow.
 LAYERS = (
-    ("errors", "kernel", "roles", "space", "objective", "digest"),
+    ("errors", "kernel", "roles", "space", "objective", "digest", "whole"),
     ("checkpoint", "attention", "search", "trials"),
     ("recipe", "plan", "live", "evals"),
     ("merge", "method"),

@@ -38,7 +38,7 @@ def command(
     from arma_mergekit.continual.run import ContinualRun
     from arma_mergekit.report.continual import render as page
     from arma_mergekit.report.continual import standalone
-    from arma_mergekit.results import write_whole
+    from arma_mergekit.results import write_files
 
     logging.disable_progress_bar()
     loaded = chosen(Plan.load(plan), methods, seeds)
@@ -50,7 +50,7 @@ def command(
 
     found = ContinualRun(loaded, out, progress).run()
     text = json.dumps(found, indent=2, allow_nan=False) + "\n"
-    write_whole(out, {"summary.json": text, "report.html": page(found), "matrices.svg": standalone(found)})
+    write_files(out, {"summary.json": text, "report.html": page(found), "matrices.svg": standalone(found)})
     click.echo(text.rstrip() if as_json else render(found))
     if not as_json:
         click.echo(f"\nReport: {out / 'report.html'}")

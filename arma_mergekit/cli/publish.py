@@ -13,6 +13,7 @@ import click
 from arma_mergekit import ci
 from arma_mergekit.ci import Check
 from arma_mergekit.errors import ArmaError, RunError
+from arma_mergekit.whole import write_whole
 
 __all__ = ["Publisher"]
 
@@ -57,14 +58,9 @@ class Publisher:
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    draft = path.with_name(f".{path.name}.draft")
+    """Whole or not at all; RunError if it cannot be written."""
     try:
-        if path.exists() and not path.is_file():  # a pipe or /dev/stdout is written to, never replaced
-            path.write_text(text, encoding="utf-8")
-            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+        write_whole({path: text})
     except OSError as error:
         raise RunError(f"Cannot write {path}: {error.strerror}; make room, or name another place.") from error

@@ -59,6 +59,7 @@ from arma_mergekit.continual.weights import (
     trainable,
 )
 from arma_mergekit.errors import CheckpointError, RunError
+from arma_mergekit.whole import write_whole
 
 __all__ = ["AIMMergingCallback", "MergingCallback", "Rehearsal", "ReplayCallback"]
 
@@ -132,10 +133,7 @@ class MergingCallback(TrainerCallback):  # type: ignore[misc]
             directory / TENSORS,
             {f"{kind}/{name}": t for kind, kept in self.tensors.items() for name, t in kept.items()},
         )
-        text, path = json.dumps(self.facts, allow_nan=False), directory / STATE
-        draft = path.with_name(f".{path.name}.draft")
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+        write_whole({directory / STATE: json.dumps(self.facts, allow_nan=False)})
 
     def load(self, directory: Path) -> None:
         """Go on from what `save` wrote; CheckpointError if it is not there."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, zip_longest
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from arma_mergekit.errors import DataError, RunError
+from arma_mergekit.whole import write_whole
 
 __all__ = ["SHARE", "Memory", "balanced"]
 
@@ -63,17 +63,10 @@ class Memory:
 
     def save(self, path: Path) -> None:
         """Write JSON lines {"task", "record"}, whole or not at all, readable for the owner only."""
-        draft = path.with_name(f".{path.name}.draft")
         lines = [json.dumps({"task": t, "record": r}) + "\n" for t, kept in self.tasks.items() for r in kept]
         try:
-            draft.unlink(missing_ok=True)
-            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
+            write_whole({path: "".join(lines)}, mode=0o600)
         except OSError as error:
-            draft.unlink(missing_ok=True)
             raise RunError(
                 f"Cannot write {path}: {error.strerror}. Make room, or give another --out."
             ) from error

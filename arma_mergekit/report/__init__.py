@@ -14,6 +14,7 @@ from arma_mergekit.errors import RunError
 from arma_mergekit.report.page import render
 from arma_mergekit.report.pareto import pareto_svg
 from arma_mergekit.report.words import cautions, markdown
+from arma_mergekit.whole import write_whole
 
 __all__ = ["cautions", "markdown", "pareto_svg", "read_run", "render", "write_report"]
 
@@ -21,12 +22,10 @@ __all__ = ["cautions", "markdown", "pareto_svg", "read_run", "render", "write_re
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Write report.html of the run in this directory (or ``out``) and return its path; RunError if there is no run."""
     path = out or run / "report.html"
-    text, draft = render(*read_run(run)), path.with_name(f".{path.name}.draft")
+    text = render(*read_run(run))
     try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+        write_whole({path: text})
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise RunError(f"Cannot write {path}: {error.strerror}. Make room, or give another --out.") from error
     return path
 

@@ -11,6 +11,7 @@ from arma_mergekit.report import charts, heatmap, svg
 from arma_mergekit.report.heatmap import HeatMap, Row, number
 from arma_mergekit.report.markup import Markup, compact, join, percent, tag
 from arma_mergekit.report.page import SHELL, heading, section, table
+from arma_mergekit.whole import write_whole
 
 __all__ = ["render", "write_page"]
 
@@ -22,12 +23,9 @@ ROW, ALL_ROWS = 26, 400  # height of one, and of all where they are many; pixels
 
 def write_page(found: Record, path: Path) -> Path:
     """Write the page, whole or not at all; RunError if it cannot be written."""
-    draft = path.with_name(f".{path.name}.draft")
     try:
-        draft.write_text(render(found), encoding="utf-8")
-        draft.replace(path)
+        write_whole({path: render(found)})
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise RunError(
             f"Cannot write {path}: {error.strerror}. Make room, or give another --html."
         ) from error
