@@ -99,8 +99,12 @@ class Scale:
 
     @property
     def parts(self) -> int:
-        """Into how many parts every steering task can be cut, with at least 2 items each."""
-        return max(1, min(MOST_PARTS, *(len(self._splits[key].search) // 2 for key in self.steering)))
+        """Into how many parts every steering task can be cut, with at least 2 items each (1 of a regulariser's).
+
+        A regulariser has no level to estimate, so its few texts need not cost a search its minibatches.
+        """
+        least = {key: 1 if key in self._options["penalties"] else 2 for key in self.steering}
+        return max(1, min(MOST_PARTS, *(len(self._splits[key].search) // n for key, n in least.items())))
 
     def reward(
         self,

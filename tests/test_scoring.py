@@ -106,6 +106,17 @@ def test_a_regulariser_costs_its_weight_at_the_far_end_and_counts_in_no_suite():
     assert [s.task for s in judge.separation] == ["general/a", "domain/b"]
 
 
+@pytest.mark.parametrize(("task", "parts"), [("regularizer/js", 7), ("domain/js", 3)])
+def test_few_texts_of_a_regulariser_leave_a_search_its_minibatches(task, parts):
+    few = Split(IDS, 0.5)
+    few.search = few.search[:7]
+    ends = {side: {**scores, task: scored(0.4 * (side == "base"))} for side, scores in ENDS.items()}
+    splits = {**dict.fromkeys(ends["base"], SPLIT), task: few}
+    judge = Scale(ends, splits, dict.fromkeys(splits, 1.0), {}, penalty=0.1)
+    assert judge.parts == parts
+    assert all(few.part((i, judge.parts)) for i in range(judge.parts))
+
+
 def test_a_regulariser_that_is_the_same_for_both_models_is_refused():
     ends = {side: {**scores, "regularizer/js": scored(0.4)} for side, scores in ENDS.items()}
     with pytest.raises(RunError, match="leave the regularizer out"):
