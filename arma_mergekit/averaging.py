@@ -61,6 +61,7 @@ Evaluate = Callable[[Array], tuple[Array, Array]]  # from alphas (N,) to the par
 BOUNDS = (0.0, 1.0)  # an average lies between its models
 GROWTH = 1.75  # of a step, at most
 TOLERANCE = 2e-3  # a move of alpha below which the search ends
+INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch, what models get
 
 
 # --- averaging
@@ -76,7 +77,7 @@ def merge_models(
     numbers by name: of a tensor, else of a projection (``q``, ``q_proj``, also ``gate``). ``rest``, for all that alpha
     does not speak of: ``base`` (model_1, what the published script does), ``finetuned`` (model_2), or a number. The
     result has dtypes, device and buffers of model_1. CheckpointError if the parameters of the two differ in names or
-    shapes; RecipeError for a name that nothing has, or another number of layers.
+    shapes or cannot be averaged; RecipeError for a name that nothing has, another number of layers, or no number.
     """
     pairs = _parameters(model_1, model_2)
     alphas = _alphas(roles_from_model(model_1), alpha, rest)
@@ -89,34 +90,61 @@ def merge_models(
 
 def _parameters(model_1: nn.Module, model_2: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """Parameters of both models by name; of a tied one the first name."""
+    _check_loaded(model_1, model_2)
     ours, theirs = dict(model_1.named_parameters()), dict(model_2.named_parameters())
     if odd := sorted(ours.keys() ^ theirs.keys()):
         raise CheckpointError(
-            f"Only one of the two models has {odd[0]} ({len(odd)} such); average a model with its own fine-tune, and "
-            "fold adapters first (PEFT: merge_and_unload)."
+            f"Only one of the two models has {odd[0]} ({len(odd)} such); average a model with its own fine-tune, tie "
+            "embeddings alike (tie_word_embeddings), and fold adapters first (PEFT: merge_and_unload)."
         )
-    for name, tensor in ours.items():
-        if tensor.shape != theirs[name].shape:
-            shapes = " and ".join(str(tuple(t.shape)) for t in (tensor, theirs[name]))
+    pairs = {name: (tensor.detach(), theirs[name].detach()) for name, tensor in ours.items()}
+    for name, pair in pairs.items():
+        if pair[0].shape != pair[1].shape:
+            shapes = " and ".join(str(tuple(t.shape)) for t in pair)
             raise CheckpointError(
                 f"{name} has shapes {shapes} in the two models; average a model with its own fine-tune, and resize "
                 "embeddings alike (resize_token_embeddings)."
             )
-    return {name: (tensor.detach(), theirs[name].detach()) for name, tensor in ours.items()}
+        if any(t.is_meta or not t.is_floating_point() for t in pair):
+            kinds = " and ".join(f"{t.dtype} on {t.device}" for t in pair)
+            raise CheckpointError(
+                f"{name} is {kinds} in the two models; load them in full precision and into memory to average them."
+            )
+    return pairs
+
+
+def _check_loaded(*models: Any) -> None:
+    for model in models:
+        if not isinstance(model, nn.Module):
+            raise CheckpointError(
+                f"{model!r} is no model; load it first (AutoModelForCausalLM.from_pretrained)."
+            )
 
 
 def _alphas(roles: Mapping[str, Role], alpha: Alpha, rest: str | float) -> dict[str, float]:
     """Alpha of every tensor."""
-    others = fixed_alpha(rest)
+    others = fixed_alpha(rest) if isinstance(rest, str) else float(_numbers("rest", rest, 0))
     if others is None:
         raise RecipeError(unknown("rest", str(rest), ["base", "finetuned"]) + " Or give a number.")
     if isinstance(alpha, Mapping):
         given = _by_name(roles, alpha)
-    elif (values := np.asarray(alpha, np.float64)).ndim:
+    elif (values := _numbers("alpha", alpha, 1)).ndim:
         given = _by_layer(roles, values)
     else:
         given = {name: float(values) for name, role in roles.items() if role.attention}
     return {name: given.get(name, others) for name in roles}
+
+
+def _numbers(what: str, given: Any, most_dimensions: int) -> Array:
+    """A number, or a sequence of them; RecipeError for anything else, NaN and infinity too."""
+    try:
+        values = np.asarray(given, np.float64)
+    except (TypeError, ValueError, RuntimeError):
+        values = np.array(np.nan)
+    if values.ndim > most_dimensions or isinstance(given, str) or not np.isfinite(values).all():
+        numbers = ["a finite number", "a finite number or a sequence of them"][most_dimensions]
+        raise RecipeError(f"{what} must be {numbers}, but got {given!r}.")
+    return values
 
 
 def _by_layer(roles: Mapping[str, Role], alpha: Array) -> dict[str, float]:
@@ -134,8 +162,8 @@ def _by_name(roles: Mapping[str, Role], alpha: Mapping[str, float]) -> dict[str,
     for key, value in sorted(alpha.items(), key=lambda item: item[0] in roles):
         names = [key] if key in roles else [name for name, words in known.items() if key in words]
         if not names:
-            raise RecipeError(unknown("tensor or projection", key, {r.part for r in roles.values()}))
-        found.update(dict.fromkeys(names, float(value)))
+            raise RecipeError(unknown("tensor or projection", str(key), {r.part for r in roles.values()}))
+        found.update(dict.fromkeys(names, float(_numbers(f"alpha of {key}", value, 0))))
     return found
 
 
@@ -166,9 +194,10 @@ def find_optimal_alpha(
 ) -> OptimalAlpha:  # fmt: skip
     """The alpha of attention, in [0, 1], that minimises J, by descent along its exact gradient; models on one device.
 
-    ``data_loader``: batches as dicts with ``input_ids`` (B, T) and, where there is padding, ``attention_mask``; tensors
-    of ids; or tuples that begin with either. They are read once, and the attention of both models on them is kept:
-    layers x tokens x (query and key heads) x head size numbers each. ``domain_loader``: texts for the side of model_2.
+    ``data_loader``: batches as dicts with ``input_ids`` (B, T) and, where there is padding, ``attention_mask``, where
+    texts are packed, ``position_ids``; tensors of ids; or tuples that begin with either. They are read once, and the
+    attention of both models on them is kept: layers x tokens x (query and key heads) x head size numbers each.
+    ``domain_loader``: texts for the side of model_2.
     ``learning_rate``: the first step; the next ones follow the secant of the gradient (Quickprop), and the search ends
     when no alpha moves by 0.002. ``metric``: js (default), kl, mse, cosine or emd. ``groups``: which tensors share an
     alpha, global, kind, block:N, layer, tensor (space.py). ``heads``: weights (H,) of heads by layer, as from
@@ -176,11 +205,19 @@ def find_optimal_alpha(
 
     ``legacy``: objective and convention of ARMA's script: the first layer's difference from model_2, where alpha weighs
     model_1 (merge with 1 - alpha); metric is legacy_mse (default), legacy_cosine, legacy_emd or legacy_kl.
+
+    RecipeError for settings and DataError for data that make no sense, CheckpointError for models that cannot be
+    compared or averaged.
     """
+    _check_search(initial_alpha, learning_rate, steps, rho)
+    if legacy and (rho != 1 or domain_loader is not None or heads is not None):
+        raise RecipeError(
+            "The script's objective has one side and no weights: leave out rho, domain_loader and heads."
+        )
     live = _live(model_1, model_2, rest)
     roles = roles_from_model(live.model)
     space = make_space({name: roles[name] for name in live.tensors}, groups, "base", BOUNDS)
-    with _evaluating(model_1, model_2):
+    with _comparing(model_1, model_2):
         texts = _texts(model_1, model_2, data_loader, domain_loader)
     if legacy:
         evaluate, start = _one_sided(live, texts, metric or "legacy_mse"), 1 - initial_alpha
@@ -196,14 +233,29 @@ def find_optimal_alpha(
     return OptimalAlpha(alpha, points, objective, parts, converged)
 
 
+def _check_search(initial_alpha: float, learning_rate: float, steps: int, rho: float) -> None:
+    given = {"initial_alpha": initial_alpha, "learning_rate": learning_rate, "steps": steps, "rho": rho}
+    alpha, rate, count, weight = (float(_numbers(name, value, 0)) for name, value in given.items())
+    low, high = BOUNDS
+    wrong = {
+        f"initial_alpha must be from {low:g} to {high:g}": not low <= alpha <= high,
+        "learning_rate must be above 0": rate <= 0,
+        "steps must be 1 or more": count < 1,
+        "rho must be 0 or more": weight < 0,
+    }
+    for wanted, is_wrong in wrong.items():
+        if is_wrong:
+            raise RecipeError(f"{wanted}, but got {given[wanted.split()[0]]}.")
+
+
 def _live(model_1: nn.Module, model_2: nn.Module, rest: str | float) -> LiveModel:
     """A copy whose attention can be set between the two models, all else as ``rest`` says."""
     student = merge_models(model_1, model_2, 0.0, rest)
     attention = {name for name, role in roles_from_model(student).items() if role.attention}
-    sides = [
-        {n: pair[i].to(pair[0].dtype) for n, pair in _parameters(model_1, model_2).items() if n in attention}
-        for i in (0, 1)
-    ]
+    pairs = {n: pair for n, pair in _parameters(model_1, model_2).items() if n in attention}
+    if not any(pair[0].ne(pair[1]).any() for pair in pairs.values()):
+        raise CheckpointError("Both models have the same attention weights: no alpha is better than another.")
+    sides = [{n: pair[i].to(pair[0].dtype) for n, pair in pairs.items()} for i in (0, 1)]
     return LiveModel(student, *sides)
 
 
@@ -231,14 +283,14 @@ def _texts(
 
 def _batches(loader: Iterable[Any], model: nn.Module) -> list[Inputs]:
     """What a data loader yields, as inputs on the model's device; DataError if there is nothing to compare."""
-    device = next(model.parameters()).device
-    batches: list[Inputs] = [_inputs(batch, device) for batch in loader]
+    single = isinstance(loader, Mapping | Tensor)
+    batches: list[Inputs] = [_inputs(batch, model) for batch in ([loader] if single else loader)]
     if not any(query_positions(inputs).any() for inputs in batches):
         raise DataError("The data loader has no text of at least two tokens: attention cannot be compared.")
     return batches
 
 
-def _inputs(batch: Any, device: torch.device) -> dict[str, Tensor]:
+def _inputs(batch: Any, model: Any) -> dict[str, Tensor]:
     while isinstance(batch, tuple | list) and batch:
         batch = batch[0]
     if isinstance(batch, Tensor):
@@ -248,12 +300,32 @@ def _inputs(batch: Any, device: torch.device) -> dict[str, Tensor]:
             f"The data loader yields {type(batch).__name__}; make it yield dicts with a tensor input_ids (B, T), as "
             "tokenizer(texts, return_tensors='pt', padding=True) does."
         )
-    return {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
+    device = next(model.parameters()).device
+    found = {key: batch[key].to(device) for key in INPUTS if batch.get(key) is not None}
+    ids, rows = found["input_ids"], model.get_input_embeddings().weight.shape[0]
+    for key, given in found.items():
+        if given.ndim != 2 or given.shape != ids.shape:
+            raise DataError(
+                f"A batch's {key} must be (B, T), of the shape of its input_ids, but is {tuple(given.shape)}."
+            )
+    if ids.is_floating_point() or not ((ids >= 0) & (ids < rows)).all():
+        raise DataError(
+            f"A batch's input_ids must be whole numbers from 0 to {rows - 1}, but they span {ids.min()} to "
+            f"{ids.max()}; use the tokenizer of these models."
+        )
+    return found
 
 
 @contextlib.contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Without dropout, and at the end as before."""
+def _comparing(*models: nn.Module) -> Iterator[None]:
+    """Without dropout, and at the end as before; CheckpointError unless both models are in one place."""
+    _check_loaded(*models)
+    devices = {str(p.device) for model in models for p in model.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise CheckpointError(
+            f"The models are on {' and '.join(sorted(devices))}; move both to one device, where their attention can be "
+            "compared."
+        )
     before = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -282,6 +354,8 @@ def _two_sided(
 
     with torch.no_grad():
         ends = torch.stack([sums(text.kept[0], text, apart, text.kept[1:]) for text in texts]).sum(0)
+    if not ends.isfinite().all():
+        raise _not_finite()
     if not ends.all():
         raise CheckpointError(
             "Both models have the same attention on these texts: no alpha is better than another."
@@ -319,9 +393,18 @@ def _added(losses: Iterable[Tensor]) -> Array:
     """Sum (parts,) of losses (parts,), each differentiated as soon as it is there."""
     total: Any = 0.0
     for loss in losses:
+        if not loss.isfinite().all():
+            raise _not_finite()
         loss.sum().backward()  # type: ignore[no-untyped-call]
         total = total + loss.detach().double().cpu().numpy()
     return np.asarray(total, np.float64)
+
+
+def _not_finite() -> CheckpointError:
+    return CheckpointError(
+        "The attention of these models on these texts is not finite: their weights hold NaN or infinity, or overflow "
+        "in their dtype."
+    )
 
 
 def _descend(
@@ -380,13 +463,14 @@ class ModelDifference:
 def model_difference(model_1: nn.Module, model_2: nn.Module, data_loader: Iterable[Any]) -> ModelDifference:
     """Every metric of attention by layer, of model_1 against model_2 as the teacher (which matters to kl alone).
 
-    ``data_loader``: as of `find_optimal_alpha`. The models run in lock-step: no more than one layer's probabilities of
-    each is in memory. CheckpointError if their attention has other shapes or cannot be seen, DataError for the data.
+    ``data_loader``: as of `find_optimal_alpha`. The models run in lock-step, a layer of each at a time: memory does not
+    grow with depth, but the script's formulas need a layer's probabilities as a whole, and ten times that to work in.
+    CheckpointError if their attention has other shapes or cannot be seen, DataError for the data.
     """
-    batches = _batches(data_loader, model_1)
     rows: dict[int, Tensor] = {}
     whole: dict[int, Tensor] = {}
-    with _evaluating(model_1, model_2):
+    with _comparing(model_1, model_2):
+        batches = _batches(data_loader, model_1)
         for inputs in batches:
             for layer, (by_head_, by_batch) in _compare_all(model_1, model_2, inputs).items():
                 rows[layer] = rows.get(layer, 0) + by_head_.sum(1).double()

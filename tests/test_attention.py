@@ -1,8 +1,10 @@
 import contextlib
 import copy
+import gc
 import math
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -179,6 +181,16 @@ def test_layers_without_softmax_attention_are_skipped_not_zero(family):
     assert (found.layers, found.skipped) == (layers, skipped)
     assert found.values.shape == (len(layers), 8 if layers == (-1,) else 4)  # shared: its heads once per run
     assert (found.values > 0).all()
+
+
+def test_a_block_without_a_depth_of_its_own_is_one_that_layers_share():
+    models = [build(FAMILIES["llama"], seed) for seed in (0, 1)]
+    for model in models:
+        for layer in model.model.layers:
+            layer.self_attn.layer_idx = None  # as Zamba's
+    found = divergence_by_head(*models, [LEFT_PADDED])
+    assert (found.layers, found.skipped) == ((-1,), ())
+    assert found.values.shape == (1, 8)
 
 
 @pytest.mark.parametrize(
@@ -391,6 +403,26 @@ def test_two_models_run_in_lock_step():
     ahead = np.cumsum([1 if name == "teacher" else -1 for name in order])
     assert len(order) == 12
     assert abs(ahead).max() <= 1
+
+
+@pytest.mark.parametrize("depth", [2, 6])
+@torch.no_grad()
+def test_no_more_than_one_layer_of_each_model_is_alive_whatever_the_depth(depth):
+    student, teacher = (
+        build(transformers.LlamaConfig(**GQA | {"num_hidden_layers": depth}), seed) for seed in (0, 1)
+    )
+    alive, most = weakref.WeakSet(), []
+
+    def consume(*layers):
+        for layer in layers:
+            alive.add(layer.key)
+        del layers
+        gc.collect()
+        most.append(len(alive))
+
+    compare.visit(student, LEFT_PADDED, [teacher], consume)
+    assert len(most) == depth
+    assert max(most) <= 4  # one of each, and one that its model is still done with
 
 
 class Largest(TorchDispatchMode):

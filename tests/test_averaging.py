@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,45 @@ def test_what_cannot_be_averaged_is_one_sentence(models):
         merge_models(base, tuned, 0.1, rest="finetune")
 
 
+@pytest.mark.parametrize(
+    ("alpha", "rest", "message"),
+    [
+        (math.nan, "base", "alpha must be a finite number or a sequence of them, but got nan"),
+        ("half", "base", "alpha must be a finite number or a sequence of them, but got 'half'"),
+        ([[0.1, 0.2, 0.3]], "base", "alpha must be a finite number or a sequence of them"),
+        ([0.1, math.inf, 0.3], "base", "alpha must be a finite number or a sequence of them"),
+        ({"q": None}, "base", "alpha of q must be a finite number, but got None"),
+        ({1: 0.5}, "base", "Unknown tensor or projection '1'"),
+        (0.5, math.nan, "rest must be a finite number, but got nan"),
+        (0.5, None, "rest must be a finite number, but got None"),
+    ],
+)
+def test_an_alpha_that_is_no_number_is_one_sentence(models, alpha, rest, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        merge_models(*models, alpha, rest)
+
+
+def test_alphas_may_leave_the_range_between_the_models(models):
+    merged = weights(merge_models(*models, {"q": -0.5, "v": 1.5}))
+    ours, theirs = map(weights, models)
+    for part, alpha in (("q_proj", -0.5), ("v_proj", 1.5)):
+        name = f"model.layers.0.self_attn.{part}.weight"
+        torch.testing.assert_close(merged[name], torch.lerp(ours[name], theirs[name], alpha))
+
+
+def test_what_is_no_model_in_memory_is_one_sentence(models):
+    base, tuned = models
+    elsewhere = copy.deepcopy(tuned).to("meta")
+    with pytest.raises(CheckpointError, match="'a/path' is no model; load it first"):
+        merge_models(base, "a/path")
+    with pytest.raises(CheckpointError, match=r"is torch.float32 on cpu and torch.float32 on meta"):
+        merge_models(base, elsewhere)
+    with pytest.raises(CheckpointError, match="'a/path' is no model; load it first"):
+        model_difference("a/path", tuned, BATCHES)
+    with pytest.raises(CheckpointError, match="The models are on cpu and meta; move both to one device"):
+        model_difference(base, elsewhere, BATCHES)
+
+
 # --- find_optimal_alpha
 
 
@@ -288,13 +328,84 @@ def test_what_cannot_be_compared_is_one_sentence(models):
     with pytest.raises(RecipeError, match="Unknown divergence 'jss'"):
         find_optimal_alpha(*models, BATCHES, metric="jss")
     base = models[0]
-    with pytest.raises(CheckpointError, match="nothing to average"):
+    with pytest.raises(CheckpointError, match="same attention weights"):
         find_optimal_alpha(base, copy.deepcopy(base), BATCHES)
     louder = copy.deepcopy(base)
     with torch.no_grad():
         louder.model.layers[2].self_attn.v_proj.weight.mul_(2)  # after the last attention
     with pytest.raises(CheckpointError, match="same attention on these texts"):
         find_optimal_alpha(base, louder, BATCHES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"initial_alpha": 1.2}, "initial_alpha must be from 0 to 1, but got 1.2"),
+        ({"learning_rate": 0}, "learning_rate must be above 0, but got 0"),
+        ({"steps": 0}, "steps must be 1 or more, but got 0"),
+        ({"rho": -1}, "rho must be 0 or more, but got -1"),
+        ({"rho": math.nan}, "rho must be a finite number, but got nan"),
+        ({"legacy": True, "rho": 0.5}, "The script's objective has one side and no weights"),
+        ({"legacy": True, "domain_loader": BATCHES}, "The script's objective has one side and no weights"),
+        ({"heads": {0: torch.ones(4)}}, "Layer 1 needs weights for its 4 heads"),
+        ({"heads": dict.fromkeys(range(3), torch.ones(3))}, "Layer 0 needs weights for its 4 heads"),
+        ({"heads": dict.fromkeys(range(3), torch.zeros(4))}, "not all of them zero everywhere"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_one_sentence(models, options, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        find_optimal_alpha(*models, BATCHES, **options)
+
+
+IDS = torch.arange(3, 9)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (IDS, r"input_ids must be (B, T), of the shape of its input_ids, but is (6,)"),
+        (torch.rand(2, 5), "input_ids must be whole numbers from 0 to 60"),
+        (torch.tensor([[3, 999]]), "but they span 3 to 999; use the tokenizer of these models"),
+        ({"input_ids": IDS[None], "attention_mask": torch.ones(1, 5)}, "attention_mask must be (B, T)"),
+        ({"input_ids": IDS[None], "attention_mask": torch.ones(1, 1, 6, 6)}, "attention_mask must be (B, T)"),
+        ({"input_ids": [[3, 4, 5]]}, "make it yield dicts with a tensor input_ids"),
+    ],
+)
+def test_a_batch_that_no_model_can_read_is_one_sentence(models, batch, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        model_difference(*models, [batch])
+
+
+@pytest.mark.parametrize("single", [BATCHES[1], BATCHES[1]["input_ids"]], ids=["dict", "tensor"])
+def test_a_single_batch_is_a_loader_too(models, single):
+    expected = model_difference(*models, BATCHES[1:]).by_layer["js"]
+    np.testing.assert_array_equal(model_difference(*models, single).by_layer["js"], expected)
+    absent = {"input_ids": BATCHES[1]["input_ids"], "attention_mask": None}
+    np.testing.assert_array_equal(
+        model_difference(*models, (absent for _ in range(1))).by_layer["js"], expected
+    )
+
+
+def test_packed_texts_count_as_texts_of_their_own(models):
+    texts = [torch.arange(3, 9)[None], torch.arange(20, 25)[None]]
+    packed = {"input_ids": torch.cat(texts, 1), "position_ids": torch.tensor([[*range(6), *range(5)]])}
+    apart, together = (model_difference(*models, loader).by_head for loader in (texts, [packed]))
+    for metric in DIVERGENCES:
+        np.testing.assert_allclose(together[metric], apart[metric], rtol=1e-4, atol=1e-7)
+    alphas = [find_optimal_alpha(*models, loader).alpha for loader in (texts, [packed])]
+    assert alphas[0] == pytest.approx(alphas[1], abs=1e-4)
+
+
+def test_weights_that_are_not_finite_are_one_sentence(models):
+    base, broken = models[0], copy.deepcopy(models[1])
+    with torch.no_grad():
+        broken.model.layers[1].self_attn.q_proj.weight[0, 0] = math.nan
+    with pytest.raises(CheckpointError, match="attention of layer 1 is not finite"):
+        model_difference(base, broken, BATCHES)
+    with pytest.raises(CheckpointError, match="attention of these models on these texts is not finite"):
+        find_optimal_alpha(base, broken, BATCHES)
+    with pytest.raises(CheckpointError, match="average is not finite"):
+        merge_models(base, broken)
 
 
 @settings(deadline=None, max_examples=200)

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from arma_mergekit.attention.formulas import divergence
 from arma_mergekit.attention.layers import Inputs, Layer, Model, observed, run, stream
-from arma_mergekit.errors import CheckpointError, DataError
+from arma_mergekit.errors import CheckpointError, DataError, RecipeError
 
 __all__ = [
     "HeadDivergences",
@@ -125,10 +125,13 @@ def _each(layers: Iterable[Layer]) -> Generator[Layer]:
 
 
 def query_positions(inputs: Inputs) -> Tensor:
-    """Which query positions (B, T) count: no padding, and not a text's first, whose row is always 1."""
+    """Which query positions (B, T) count: no padding, and not a text's first, whose row is always 1.
+
+    Packed texts start where ``position_ids`` are 0.
+    """
     ids = inputs["input_ids"]
-    mask = inputs.get("attention_mask", torch.ones_like(ids))
-    return mask.bool() & (mask.cumsum(1) > 1)
+    mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    return mask & (mask.cumsum(1) > 1) & (inputs.get("position_ids", mask.cumsum(1)) > 0)
 
 
 def over_queries(measure: Callable[..., Tensor], layers: Sequence[Layer], queries: Tensor) -> Tensor:
@@ -150,6 +153,13 @@ def over_heads(by_layer: Mapping[int, Tensor], weights: Mapping[int, Tensor] | N
     values = torch.cat(list(by_layer.values()), -1)
     if weights is None:
         return values.mean(-1)
+    fitting = {layer: len(weights.get(layer, ())) == found.shape[-1] for layer, found in by_layer.items()}
+    if not all(fitting.values()) or not any(weights[layer].any() for layer in fitting):
+        odd = min(fitting, key=lambda layer: fitting[layer])
+        raise RecipeError(
+            f"Layer {odd} needs weights for its {by_layer[odd].shape[-1]} heads, not all of them zero everywhere, as "
+            "attention.head_weights gives them."
+        )
     w = torch.cat([weights[layer] for layer in by_layer]).to(values)
     return (values * w).sum(-1) / w.sum()
 
@@ -185,11 +195,19 @@ def divergence_by_head(
 
 
 def by_head(total: Mapping[int, Tensor], batches: Iterable[Inputs], model: Any) -> HeadDivergences:
-    """Sums (..., H) of each layer over all query positions as means (..., layers, heads); DataError without any."""
+    """Sums (..., H) of each layer over all query positions as means (..., layers, heads).
+
+    DataError without any, CheckpointError for sums that are not finite.
+    """
     positions = sum(int(query_positions(inputs).sum()) for inputs in batches)
     if not positions:
         raise DataError("Attention can be compared on texts of at least two tokens only; give longer ones.")
     layers = tuple(sorted(total))
+    if broken := [layer for layer in layers if not total[layer].isfinite().all()]:
+        raise CheckpointError(
+            f"The attention of layer {broken[0]} is not finite: weights hold NaN or infinity, or overflow in their "
+            "dtype."
+        )
     heads = max(found.shape[-1] for found in total.values())
     values = np.full((*total[layers[0]].shape[:-1], len(layers), heads), np.nan)
     for row, layer in enumerate(layers):

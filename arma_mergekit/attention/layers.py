@@ -64,7 +64,8 @@ class Layer:
     @property
     def index(self) -> int:
         """Depth of the layer, from 0; -1 if several share this block (Zamba)."""
-        return int(self.module.layer_idx)
+        own = self.module.layer_idx
+        return -1 if own is None else int(own)
 
     def probabilities(self) -> Tensor:
         """Attention probabilities (B, H, T, S) in float32."""
