@@ -518,13 +518,13 @@ def test_a_signal_leaves_nothing(models, tmp_path, number):
     made = recipe(tmp_path, models["base"], models["tuned"])
     slow = (
         "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs ignore it
-        "from arma_mergekit.merge import stream; real = stream.copy\n"
-        "def copy(*a): print('copying', flush=True); time.sleep(0.2); real(*a)\n"
-        "stream.copy = copy; from arma_mergekit.cli import main; main()"
+        "from arma_mergekit.merge import stream; real = stream.write\n"
+        "def write(*a): print('writing', flush=True); time.sleep(0.2); real(*a)\n"
+        "stream.write = write; from arma_mergekit.cli import main; main()"
     )
     command = [sys.executable, "-c", slow, "merge", str(made.path), str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "copying\n"
+        assert process.stdout.readline() == "writing\n"
         process.send_signal(number)
         process.wait(20)
         assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
