@@ -228,13 +228,13 @@ def _compare(
         got = buffer("got", wanted.dtype, wanted.size)
         read_into(info.file, info.start + at * got.itemsize, got)
         at += got.size
-        if not _same(got, wanted):
+        if not same_bits(got, wanted):
             total += _difference(got, wanted)
     return total
 
 
-def _same(got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> bool:
-    """Whether two arrays (n,) have the same bits; by eight bytes at a time, which takes a fifth of the time."""
+def same_bits(got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> bool:
+    """Whether two arrays (n,) have the same bits; eight bytes at a time."""
     words = got.nbytes // 8 * 8
     a, b = got.view(np.uint8), wanted.view(np.uint8)
     return np.array_equal(a[:words].view(np.uint64), b[:words].view(np.uint64)) and np.array_equal(
