@@ -74,7 +74,7 @@ class DigestMemo:
         """The sha256 if it is known and the file still the same."""
         if (named := known_digest(path)) is not None or self._base is None:
             return named
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error, OSError):
             row = self._base.execute(
                 "SELECT sha256 FROM files WHERE path = ? AND state = ?",
                 (os.fsencode(path.resolve()), state(path)),

@@ -12,6 +12,7 @@ def main() -> None:
     """Run mergekit-yaml on the command line's arguments."""
     from mergekit.scripts.run_yaml import main as mergekit_yaml
 
+    import arma_mergekit.continual.curlora
     import arma_mergekit.method  # noqa: F401
 
     run(mergekit_yaml, "python -m arma_mergekit.mergekit_yaml")

@@ -1,11 +1,14 @@
-"""How mergekit's own commands come to see ``merge_method: arma``: a lazy import hook.
+"""How mergekit's own commands come to see ``merge_method: arma``, and CURLoRA adapters: a lazy import hook.
 
 At interpreter start ``arma_mergekit.pth`` (from Python 3.15 on its ``.start``, PEP 829) calls `install`. The
-hook waits for one module, mergekit's registry of methods, and has `arma_mergekit.method` register itself.
+hook waits for two modules, and when one has run imports ours, which does the rest:
 
-It knows one module name and nothing of mergekit's or our method's insides. Until that module loads it imports
-nothing but ``sys`` (hence no ``typing``) and reads no file, network or environment variable. A failure of
-ours becomes a RuntimeWarning, never an ImportError in somebody else's program. docs/develop.md says why.
+    mergekit.merge_methods.registry    `arma_mergekit.method` registers itself
+    mergekit.common                    has imported PEFT, for `base+adapter`; `continual.curlora` registers there
+
+It knows these names and nothing of mergekit's or our modules' insides. Until they load it imports nothing but
+``sys`` (hence no ``typing``) and reads no file, network or environment variable. A failure of ours becomes a
+RuntimeWarning, never an ImportError in somebody else's program. docs/develop.md says why.
 """
 
 import sys
@@ -20,16 +23,17 @@ if TYPE_CHECKING:
 __all__ = ["REGISTRY", "Finder", "install", "installed"]
 
 REGISTRY = "mergekit.merge_methods.registry"
+COMMON = "mergekit.common"
 
 
 class Finder:
-    """A meta-path finder that answers for mergekit's registry alone."""
+    """A meta-path finder that answers for two modules of mergekit alone."""
 
     def find_spec(
         self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        """Spec of the registry as the other finders give it, its loader wrapped; None for other modules."""
-        if fullname != REGISTRY:
+        """Spec of the module as the other finders give it, its loader wrapped; None for other modules."""
+        if fullname not in (REGISTRY, COMMON):
             return None
         for finder in sys.meta_path:
             find = None if isinstance(finder, Finder) else getattr(finder, "find_spec", None)
@@ -42,7 +46,7 @@ class Finder:
 
 
 class Loader:
-    """The registry's own loader, plus one step after it has run."""
+    """The module's own loader, plus one step after it has run."""
 
     def __init__(self, loader: "Any") -> None:
         self.loader = loader
@@ -56,12 +60,15 @@ class Loader:
         return module
 
     def exec_module(self, module: "ModuleType") -> None:
-        """Run the module with its real loader, then let the method register itself."""
+        """Run the module with its real loader, then let ours register."""
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        announce()
+        if module.__name__ == REGISTRY:
+            announce()
+        else:
+            introduce_adapters()
 
 
 def announce() -> None:
@@ -75,6 +82,14 @@ def announce() -> None:
             register()
     except Exception as error:  # noqa: BLE001 - mergekit must load whatever is wrong with us
         warn(f"merge_method: arma is not available. {type(error).__name__}: {error}. Run `arma doctor`.")
+
+
+def introduce_adapters() -> None:
+    """Import `arma_mergekit.continual.curlora`, which makes PEFT know its adapters; warn if that fails."""
+    try:
+        import arma_mergekit.continual.curlora  # noqa: F401
+    except Exception as error:  # noqa: BLE001 - likewise
+        warn(f"CURLoRA adapters can't be opened here. {type(error).__name__}: {error}.")
 
 
 def warn(message: str) -> None:

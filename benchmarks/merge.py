@@ -59,7 +59,9 @@ def run(command: list[str], out: Path | None, cache: Path, known: bool = True) -
         shutil.rmtree(cache, ignore_errors=True)
     os.sync()
     watch = [sys.executable, "-c", STOPWATCH, *command]
-    environment = {**os.environ, "ARMA_CACHE": str(cache)}
+    # compiled once, as an installed package is
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(cache.with_name("compiled"))}
+    environment = {**os.environ, **compiled, "ARMA_CACHE": str(cache)}
     found = subprocess.run(watch, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     seconds, resident, anonymous = map(float, found.split())
     return Run(seconds, resident / 1000, anonymous / 1000)
@@ -108,10 +110,14 @@ def rows(root: Path, args: argparse.Namespace) -> list[list[str]]:
 
     def note(name: str, *arguments: object) -> None:
         found.setdefault(name, []).append(run(*arguments))  # type: ignore[arg-type]
+        print(f"{found[name][-1].seconds:7.2f} s  {name}", file=sys.stderr, flush=True)
 
+    run([*arma, "merge", str(root / "attention.yml"), str(out)], out, cache)  # compiles
     for k in range(args.rounds):
         note("cp -r", ["cp", "-r", str(root / "tuned"), str(out)], out, cache)
         note("cp -r, synced", ["sh", "-c", f"cp -r {root}/tuned {out} && sync {out}/*"], out, cache)
+        sums = f"cp -r {root}/tuned {out} && sync {out}/* && sha256sum {out}/*"
+        note("cp -r, synced, sha256sum", ["sh", "-c", sums], out, cache)
         for kind, merge in merges.items():
             note(f"{kind}, first time", merge, out, cache, False)
             note(f"{kind}, digests known", merge, out, cache)

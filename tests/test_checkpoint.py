@@ -512,6 +512,12 @@ def test_a_pattern_that_would_take_forever_is_refused(model, tmp_path):
         open_model(f"{model}+{tmp_path / 'lora'}")
 
 
+def test_more_patterns_than_any_adapter_has_are_refused(model, tmp_path):
+    write_adapter(tmp_path / "lora", {Q0: (32, 32)}, rank_pattern={f"q{i}": 4 for i in range(10_001)})
+    with pytest.raises(CheckpointError, match=r"has 10,001 patterns, more than 10,000"):
+        open_model(f"{model}+{tmp_path / 'lora'}")
+
+
 @pytest.mark.parametrize(
     ("shapes", "reason"),
     [

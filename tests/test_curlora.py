@@ -556,6 +556,25 @@ def test_a_recipe_merges_base_plus_curlora_as_it_merges_the_folded_model(saved, 
     )
 
 
+def test_mergekits_own_command_takes_base_plus_curlora(saved, tmp_path):
+    base, adapter = saved
+    recipe = {
+        "merge_method": "arma", "base_model": str(base), "parameters": {"rest": "finetuned"},
+        "models": [{"model": f"{base}+{adapter}", "parameters": {"alpha": 1}}],
+    }  # fmt: skip
+    (tmp_path / "recipe.yml").write_text(json.dumps(recipe))
+    options = ["--quiet", "--no-copy-tokenizer", "--lora-merge-cache", str(tmp_path / "cache")]
+    subprocess.run(  # an interpreter of its own, since this one knows CURLoRA already
+        [sys.executable, "-m", "mergekit.scripts.run_yaml", "recipe.yml", "out", *options],
+        cwd=tmp_path,
+        check=True,
+    )
+    found, folded = load_file(tmp_path / "out" / "model.safetensors"), open_model(f"{base}+{adapter}")
+    for name in folded.tensors:
+        torch.testing.assert_close(found[name], torch.tensor(folded.read(name)), rtol=1e-5, atol=1e-6)
+    assert len(folded.factors) == 6
+
+
 # ---- as LoRA ----
 
 

@@ -30,9 +30,10 @@ from arma_mergekit.checkpoint.header import read_metadata
 from arma_mergekit.cli import cli
 from arma_mergekit.errors import CheckpointError, RecipeError, RunError, UsageError
 from arma_mergekit.kernel import average
-from arma_mergekit.merge import merge, stream, verify
+from arma_mergekit.merge import beside, merge, stream, verify
 from arma_mergekit.merge.layout import Copied, lay_out
 from arma_mergekit.merge.target import draft_of, remove_dead_drafts
+from arma_mergekit.merge.verify import same_bits
 from arma_mergekit.plan import plan
 from arma_mergekit.recipe import Recipe
 
@@ -422,6 +423,37 @@ def test_an_empty_directory_and_a_link_to_one_are_fine(models, tmp_path):
     assert (tmp_path / "real" / "model.safetensors").is_file()
 
 
+def test_a_config_that_vanishes_as_it_is_copied_is_an_input_that_changed(models, tmp_path, monkeypatch):
+    shutil.copytree(models["base"], tmp_path / "base")
+    real = beside.companions
+
+    def vanishing(*arguments):
+        for name, file, content in real(*arguments):
+            file.unlink()
+            yield name, file, content
+
+    monkeypatch.setattr(beside, "companions", vanishing)
+    with pytest.raises(CheckpointError, match=r"config\.json changed or vanished"):
+        merge(recipe(tmp_path, tmp_path / "base", models["tuned"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_digests_are_those_of_the_files_whether_one_worker_fills_a_file_or_several(models, tmp_path, workers):
+    lock = merge(recipe(tmp_path, models["base"], models["tuned"]), tmp_path / "out", workers=workers).lock
+    for name, said in lock["output"]["files"].items():
+        assert said["sha256"] == hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest(), name
+
+
+@pytest.mark.parametrize("at", [0, 6, 7, 8, 12])
+def test_verify_compares_the_last_bytes_too(at):
+    one = np.arange(13, dtype=np.uint8)
+    other = one.copy()
+    assert same_bits(one, other)
+    other[at] += 1
+    assert not same_bits(one, other)
+
+
 def test_inputs_are_never_overwritten(models, tmp_path):
     shutil.copytree(models["base"], tmp_path / "base")
     before = files(tmp_path / "base")
@@ -518,13 +550,13 @@ def test_a_signal_leaves_nothing(models, tmp_path, number):
     made = recipe(tmp_path, models["base"], models["tuned"])
     slow = (
         "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs ignore it
-        "from arma_mergekit.merge import stream; real = stream.copy\n"
-        "def copy(*a): print('copying', flush=True); time.sleep(0.2); real(*a)\n"
-        "stream.copy = copy; from arma_mergekit.cli import main; main()"
+        "from arma_mergekit.merge import stream; real = stream.write\n"
+        "def write(*a): print('writing', flush=True); time.sleep(0.2); real(*a)\n"
+        "stream.write = write; from arma_mergekit.cli import main; main()"
     )
     command = [sys.executable, "-c", slow, "merge", str(made.path), str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "copying\n"
+        assert process.stdout.readline() == "writing\n"
         process.send_signal(number)
         process.wait(20)
         assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]

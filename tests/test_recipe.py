@@ -719,3 +719,9 @@ def test_any_value_of_any_key_loads_or_is_refused_in_sentences(tmp_path, block, 
 
 def test_the_divergences_of_a_recipe_are_those_of_the_attention_package():
     assert tuple(evals.DIVERGENCES) == tuple(DIVERGENCES)
+
+
+def test_of_very_many_faults_the_first_are_told_and_the_rest_counted(refuse):
+    lines = refuse(MINIMAL | {f"x{i}": 1 for i in range(1000)})
+    assert len(lines) == 41
+    assert lines[-1] == "960 more places in recipe.yml are wrong."

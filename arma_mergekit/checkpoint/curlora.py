@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arma_mergekit.checkpoint.header import FLOATS, TensorInfo
+from arma_mergekit.checkpoint.locate import readable
 from arma_mergekit.checkpoint.lowrank import (
     REMEDY,
     Array,
@@ -91,7 +92,9 @@ class CURFactors:
     def matrices(self, weight: TensorInfo) -> tuple[Left, npt.NDArray[np.float64]]:
         """C, which is part of each block of W, and U R; CheckpointError if the base is another one."""
         rows, columns = _indices(self.rows, weight.shape[0]), _indices(self.columns, weight.shape[1])
-        _verify(self, weight, state(self.u.file), state(weight.file))
+        with readable(f"{self.u.file} and {weight.file}"):
+            states = state(self.u.file), state(weight.file)
+        _verify(self, weight, *states)
         return lambda base, _: base[:, columns], wide(read(self.u)) @ wide(_rows(weight, rows))
 
 

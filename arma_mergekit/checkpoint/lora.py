@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ __all__ = ["LoRAFactors", "check_config", "factors"]
 KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
 )
+MOST_PATTERNS = 10_000  # each is tried on each module
 PLAIN_INIT = (True, False, None, "gaussian", "eva")  # those that leave the base's weights as they are
 # options of PEFT's LoraConfig under which W + scale * B A is not what the adapter computes
 REFUSED = (
@@ -157,6 +159,10 @@ def _overridden(where: str, module: str, config: Mapping[str, Any], patterns: st
     table = config.get(patterns) or {}
     if not isinstance(table, dict):
         raise CheckpointError(f"{where}: {patterns} in {CONFIG} must map names to numbers.")
+    if len(table) > MOST_PATTERNS:
+        raise CheckpointError(
+            f"{where}: {patterns} in {CONFIG} has {len(table):,} patterns, more than {MOST_PATTERNS:,}; {REMEDY}."
+        )
     value = next(
         (v for pattern, v in table.items() if _matches(f"{where}, {patterns}", pattern, module)),
         config.get(default, 8),
@@ -165,13 +171,20 @@ def _overridden(where: str, module: str, config: Mapping[str, Any], patterns: st
 
 
 def _matches(where: str, pattern: str, module: str) -> bool:
-    """PEFT's rule; patterns that could take forever (they come from a file) are refused."""
+    """PEFT's rule."""
+    try:
+        return _compiled(pattern).match(module) is not None
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {pattern[:60]!r} in {CONFIG} {error}.") from error
+
+
+@lru_cache(maxsize=2 * MOST_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """ValueError for what could take forever, since it comes from a file, or is no expression."""
     quantifiers = len(re.findall(r"[*+?{]", pattern))
     if len(pattern) > 500 or quantifiers > 2 or re.search(r"\)[*+?{]", pattern):
-        raise CheckpointError(f"{where}: the pattern {pattern[:60]!r} in {CONFIG} is too complex; {REMEDY}.")
+        raise ValueError(f"is too complex a pattern; {REMEDY}")
     try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+        return re.compile(rf"(.*\.)?({pattern})$")
     except re.error as error:
-        raise CheckpointError(
-            f"{where}: {pattern!r} in {CONFIG} is no regular expression ({error})."
-        ) from error
+        raise ValueError(f"is no regular expression ({error})") from error

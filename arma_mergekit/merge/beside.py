@@ -16,6 +16,7 @@ from pathlib import Path
 from arma_mergekit.checkpoint import Checkpoint
 from arma_mergekit.checkpoint.header import read_json
 from arma_mergekit.checkpoint.locate import contained, readable
+from arma_mergekit.checkpoint.read import opened
 
 __all__ = ["companions", "differing_tokenizers", "unlike_companions", "write_companions"]
 
@@ -64,7 +65,12 @@ def write_companions(base: Checkpoint, directory: Path, dtype: str | None) -> li
         target = directory / name
         target.parent.mkdir(exist_ok=True)
         if content is None:
-            shutil.copyfile(file, target)
+            with (
+                opened(file) as source,
+                open(source, "rb", closefd=False) as stream,
+                target.open("wb") as copy,
+            ):
+                shutil.copyfileobj(stream, copy)
         else:
             target.write_bytes(content)
         names.append(name)
@@ -101,4 +107,7 @@ def _with_dtype(file: Path, dtype: str) -> bytes | None:
 def differing_tokenizers(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     """Tokenizer files that both have and that are not the same."""
     pairs = [(base.path / name, tuned.path / name) for name in TOKENIZER]
-    return [a.name for a, b in pairs if a.is_file() and b.is_file() and not filecmp.cmp(a, b, shallow=False)]
+    with readable(f"the tokenizers of {base.ref} and {tuned.ref}"):
+        return [
+            a.name for a, b in pairs if a.is_file() and b.is_file() and not filecmp.cmp(a, b, shallow=False)
+        ]

@@ -23,7 +23,7 @@ from arma_mergekit.plan import Plan, PlannedTensor
 
 __all__ = ["INDEX", "Computed", "Copied", "Piece", "Shard", "index_json", "lay_out", "rows", "sides_of"]
 
-LONGEST_COPY = 1 << 26  # bytes of a piece: what one worker does at a time
+LONGEST_COPY = 1 << 23  # bytes of a piece: what one worker does, and the disk is given, at a time
 LONGEST_AVERAGE = 1 << 21  # elements
 
 

@@ -1,7 +1,9 @@
 """Fills the files of a merge: copies and averages in blocks, digests behind; all cores, a few MB of memory.
 
     workers     one per core; each fills a file, piece by piece and in place (several share it if files are few)
-    digests     another thread follows through the file, while its pages are still in memory
+    disk        is given each piece as it is written, so that the sync at the end finds little left to wait for
+    digests     taken by the worker, of blocks that are still in its cache; if several share a file, another thread
+                follows through it, while its pages are still in memory
 
 Every worker owns buffers for one block (`kernel.CHUNK` elements of each operand) and makes nothing new; hashing,
 reading, writing and numpy's loops leave the interpreter free, so threads are enough. It knows layouts and checkpoints;
@@ -10,12 +12,14 @@ no recipes, directories or progress bars.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
@@ -31,14 +35,31 @@ from arma_mergekit.checkpoint.read import changed, opened, read_into
 from arma_mergekit.digest import sha256_of
 from arma_mergekit.errors import CheckpointError, DataError
 from arma_mergekit.kernel import CHUNK, average_block, narrow, sole_operand, widen
-from arma_mergekit.merge.layout import Copied, Piece, Shard
+from arma_mergekit.merge.layout import Computed, Copied, Piece, Shard
 from arma_mergekit.plan import Plan, PlannedTensor
 
-__all__ = ["Advance", "Blocks", "Filled", "cores", "fill"]
+__all__ = ["Advance", "Blocks", "Buffers", "Filled", "cores", "fill"]
 
 HASHED = COPIED = 1 << 20  # bytes a digest, or a copy, takes in at a time
+START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
+LIBC = ctypes.CDLL(None)
 Array = npt.NDArray[Any]
 Advance = Callable[[int], None]
+
+
+class Buffers:
+    """Memory that is used again: fresh pages cost more than what is done with them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[object, Array] = {}
+
+    def __call__(self, key: object, dtype: npt.DTypeLike, size: int) -> Array:
+        """An array (size,) over memory kept under this key."""
+        kind = np.dtype(dtype)
+        kept = self._kept.get(key)
+        if kept is None or kept.nbytes < size * kind.itemsize:
+            kept = self._kept[key] = np.empty(max(size, CHUNK) * kind.itemsize, np.uint8)
+        return kept[: size * kind.itemsize].view(kind)
 
 
 class Blocks:
@@ -51,7 +72,7 @@ class Blocks:
         assert plan.base is not None
         self._sides: tuple[Checkpoint, ...] = (plan.base, *plan.finetuned)
         self._before = before
-        self._buffers: dict[object, Array] = {}
+        self._buffer = Buffers()
         self._products: dict[int, tuple[str, Product]] = {}
 
     def __call__(self, tensor: PlannedTensor, first: int, last: int) -> Iterator[Array]:
@@ -121,14 +142,6 @@ class Blocks:
         check_range(wide, out, dtype)
         return out
 
-    def _buffer(self, key: object, dtype: npt.DTypeLike, size: int) -> Array:
-        """An array (size,) over memory kept under this key."""
-        kind = np.dtype(dtype)
-        kept = self._buffers.get(key)
-        if kept is None or kept.nbytes < size * kind.itemsize:
-            kept = self._buffers[key] = np.empty(max(size, CHUNK) * kind.itemsize, np.uint8)
-        return kept[: size * kind.itemsize].view(kind)
-
 
 def check_range(wide: Array, out: Array, dtype: str) -> None:
     """CheckpointError if a finite value became infinite by conversion."""
@@ -151,11 +164,20 @@ class Filled:
 
 
 class Lane:
-    """Consecutive pieces of a file that one worker fills, and how far it has come: offsets, then None at its end."""
+    """Consecutive pieces of a file that one worker fills, and how far it has come: offsets, then None at its end.
 
-    def __init__(self, file: Path, pieces: Sequence[Piece]) -> None:
-        self.file, self.pieces = file, pieces
+    ``digest``: takes in what is written, if that is the whole file, else None.
+    """
+
+    def __init__(self, file: Path, pieces: Sequence[Piece], digest: hashlib._Hash | None) -> None:
+        self.file, self.pieces, self.digest = file, pieces, digest
         self.reached: SimpleQueue[int | None] = SimpleQueue()
+
+    def write(self, target: int, data: Array, at: int) -> None:
+        """Bytes at an offset of the file that ``target`` is."""
+        write(target, data.data, at)
+        if self.digest is not None:
+            self.digest.update(data.data)
 
 
 class Fill:
@@ -169,7 +191,7 @@ class Fill:
         """Write all files; whatever fails stops the rest."""
         pools = [ThreadPoolExecutor(workers) for _ in range(3)]
         work, behind, reading = pools
-        lanes = [self._lanes(shard, -(-workers // len(shards))) for shard in shards]
+        lanes = [self._lanes(shard, -(-workers // len(shards)), digests) for shard in shards]
         try:
             hashed = {file: reading.submit(self._digest, file) for file in inputs}
             filled = [[(lane, work.submit(self._fill, lane)) for lane in each] for each in lanes]
@@ -181,19 +203,22 @@ class Fill:
             for pool in pools:  # nothing is cancelled: what is queued sees the stop, and says that it has
                 pool.shutdown()
 
-    def _lanes(self, shard: Shard, count: int) -> list[Lane]:
+    def _lanes(self, shard: Shard, count: int, digests: bool) -> list[Lane]:
         """The file, with its header, and its pieces in ``count`` parts of about the same number of bytes.
 
         Few files need several workers each; else one is best, since two writers of one file wait for each other.
         """
         file = self._directory / shard.name
         file.parent.mkdir(parents=True, exist_ok=True)
+        header = len(shard.header).to_bytes(8, "little") + shard.header
         with file.open("xb") as stream:
-            stream.write(len(shard.header).to_bytes(8, "little") + shard.header)
+            stream.write(header)
         parts: list[list[Piece]] = [[] for _ in range(count)]
         for piece in shard.pieces:
             parts[min(count - 1, piece.start * count // shard.size)].append(piece)
-        return [Lane(file, part) for part in parts]
+        return [
+            Lane(file, part, hashlib.sha256(header) if digests and count == 1 else None) for part in parts
+        ]
 
     def _digest(self, file: Path) -> str:
         try:
@@ -208,7 +233,8 @@ class Fill:
                 for piece in lane.pieces:
                     if self._stop.is_set():
                         return
-                    self._write(target.fileno(), piece)
+                    self._write(lane, target.fileno(), piece)
+                    write_back(target.fileno(), piece.start, piece.stop)
                     lane.reached.put(piece.stop)
                     self._advance(piece.stop - piece.start)
         except BaseException:
@@ -217,33 +243,42 @@ class Fill:
         finally:
             lane.reached.put(None)
 
-    def _write(self, target: int, piece: Piece) -> None:
+    def _write(self, lane: Lane, target: int, piece: Piece) -> None:
         if not hasattr(self._mine, "blocks"):
             self._mine.blocks = Blocks(self._plan, self._before)
-            self._mine.buffer = memoryview(bytearray(COPIED))
-        if isinstance(piece, Copied):
-            with opened(piece.file) as source:
-                copy(source, target, piece, self._mine.buffer)
-            return
+            self._mine.buffer = np.empty(COPIED, np.uint8)
         at = piece.start
-        for block in self._mine.blocks(piece.tensor, piece.first, piece.last):
-            write(target, block.view(np.uint8).data, at)
+        blocks = copied(piece, self._mine.buffer) if isinstance(piece, Copied) else self._computed(piece)
+        for block in blocks:
+            lane.write(target, block, at)
             at += block.nbytes
 
+    def _computed(self, piece: Computed) -> Iterator[Array]:
+        blocks: Blocks = self._mine.blocks
+        return (block.view(np.uint8) for block in blocks(piece.tensor, piece.first, piece.last))
+
     def _finish(self, shard: Shard, lanes: Sequence[tuple[Lane, Future[None]]], digests: bool) -> str:
-        """Follow the lanes of a file with the digest, then sync; the sha256 in hex, empty if not asked for."""
-        found, buffer, at = hashlib.sha256(), bytearray(HASHED), 0
+        """Wait for the lanes of a file, then sync; the sha256 in hex, empty if not asked for."""
+        whole = lanes[0][0].digest
         with open(lanes[0][0].file, "rb", buffering=0) as file:
-            ends = chain.from_iterable(iter(lane.reached.get, None) for lane, _ in lanes)
-            for end in chain(ends, [shard.size]):
-                while digests and at < end and not self._stop.is_set():
-                    view = memoryview(buffer)[: min(HASHED, end - at)]
-                    at += file.readinto(view) or 0
-                    found.update(view)
+            found = self._follow(file, shard, lanes) if digests and whole is None else whole
             for _, future in lanes:
                 future.result()
             os.fsync(file.fileno())
-        return found.hexdigest() if digests else ""
+        return found.hexdigest() if found is not None else ""
+
+    def _follow(
+        self, file: FileIO, shard: Shard, lanes: Sequence[tuple[Lane, Future[None]]]
+    ) -> hashlib._Hash:
+        """The digest of a file that several workers fill, as far as they have come."""
+        found, buffer, at = hashlib.sha256(), memoryview(bytearray(HASHED)), 0
+        ends = chain.from_iterable(iter(lane.reached.get, None) for lane, _ in lanes)
+        for end in chain(ends, [shard.size]):
+            while at < end and not self._stop.is_set():
+                count = file.readinto(buffer[: min(HASHED, end - at)]) or 0
+                found.update(buffer[:count])
+                at += count
+        return found
 
 
 def fill(
@@ -277,12 +312,25 @@ def write(file: int, data: bytes | memoryview, at: int) -> None:
         done += os.pwrite(file, view[done:], at + done)
 
 
-def copy(source: int, target: int, piece: Copied, buffer: memoryview) -> None:
-    """Through a buffer that stays in the cache: on ext4 that takes less than copy_file_range, which goes by pages."""
+def write_back(file: int, start: int, stop: int) -> None:
+    """Have the disk begin with these bytes, so that the sync at the end finds little left to wait for.
+
+    A hint: it does not wait, and where the system has no such call nothing is lost but time.
+    """
+    if (call := getattr(LIBC, "sync_file_range", None)) is not None:
+        call(file, ctypes.c_int64(start), ctypes.c_int64(stop - start), START_WRITING)
+
+
+def copied(piece: Copied, buffer: Array) -> Iterator[Array]:
+    """The bytes, block by block, each valid until the next.
+
+    Through a buffer that stays in the cache: on ext4 that takes less than copy_file_range, which goes by pages.
+    """
     done, size = 0, piece.stop - piece.start
-    while done < size:
-        count = os.preadv(source, [buffer[: size - done]], piece.offset + done)
-        if not count:
-            raise changed(piece.file)
-        write(target, buffer[:count], piece.start + done)
-        done += count
+    with opened(piece.file) as source:
+        while done < size:
+            count = os.preadv(source, [buffer[: size - done].data], piece.offset + done)
+            if not count:
+                raise changed(piece.file)
+            yield buffer[:count]
+            done += count

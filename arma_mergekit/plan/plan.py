@@ -177,7 +177,8 @@ class _Planner:
 
     def compare(self, base: Checkpoint, tuned: Checkpoint, placed: Mapping[str, Role]) -> dict[str, Role]:
         """The tensors that the two have in common, after noting how they differ."""
-        found = compare(base, tuned, roles({**base.tensors, **tuned.tensors}, base.config))
+        both = {**base.tensors, **tuned.tensors}
+        found = compare(base, tuned, placed if both.keys() == placed.keys() else roles(both, base.config))
         self.errors += found.errors
         self.warnings += found.warnings
         return {n: r for n, r in placed.items() if n in tuned.tensors and n not in found.left_out}

@@ -19,6 +19,7 @@ from arma_mergekit.errors import unknown
 __all__ = ["Strict", "listed", "sentences"]
 
 Place: TypeAlias = Sequence[int | str]
+MOST_FAULTS = 40  # told of one file
 CONTINUATION = re.compile(r"(?P<deeper>(?:\.\w+|\[\d+\])*)(?P<rest>:? .*)", re.DOTALL)
 PYDANTIC_WORDS = {" valid ": " ", "tuple": "list", "dictionary": "mapping"}
 UNKNOWN_KEY = re.compile(r": (?P<fact>Unknown key .+?)\.(?P<hint> (?:Did you|Known).*)", re.DOTALL)
@@ -36,13 +37,15 @@ def listed(value: Any) -> Any:
 
 
 def sentences(error: ValidationError, model: type[BaseModel], file: str) -> list[str]:
-    """One sentence for each thing wrong in ``file``, whose content ``model`` describes."""
+    """One sentence for each thing wrong in ``file``, whose content ``model`` describes; the first of very many."""
     faults = error.errors(include_url=False)
     empty = [f["loc"] for f in faults if f["type"] == "too_short"]
     # a list whose entries are all wrong counts as empty too, which says nothing new
     hidden = [e for e in empty if any(f["loc"][: len(e)] == e and f["type"] != "too_short" for f in faults)]
-    found = [s for f in faults if f["loc"] not in hidden for s in _sentences(f, model, file)]
-    return list(dict.fromkeys(found))
+    told = [f for f in faults if f["loc"] not in hidden]
+    found = [s for f in told[:MOST_FAULTS] for s in _sentences(f, model, file)]
+    more = len(told) - MOST_FAULTS
+    return [*dict.fromkeys(found), *([f"{more:,} more places in {file} are wrong."] if more > 0 else [])]
 
 
 def _sentences(fault: Mapping[str, Any], model: type[BaseModel], file: str) -> list[str]:
