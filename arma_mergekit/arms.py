@@ -230,7 +230,7 @@ class Arm:
             "feasible": reward.feasible,
             "shares": dict(reward.shares),
             "scores": {k: m.score for k, m in done.measured.items()},
-            "stderr": {k: m.stderr for k, m in done.measured.items()},
+            "stderr": {k: m.stderr for k, m in done.measured.items() if len(m.ids) > 1},
             "losses": losses,
             "tokens": done.tokens,
             "seconds": done.seconds,

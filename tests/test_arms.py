@@ -5,6 +5,7 @@ import json
 import os
 import random
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,35 @@ def questions(path):
 def spent(path):
     """Full evaluations."""
     return sum(record["cost"] for record in records(path).values())
+
+
+class FewTexts(Formula):
+    """With a regulariser that has fewer items than the suites, so that a part of the data has one of them."""
+
+    key = "regularizer/js"
+
+    def describe(self):
+        about = super().describe()
+        about.tasks[self.key] = TaskInfo(IDS[:12], "nats", 1.0, False, True, None)
+        return about
+
+    def score(self, job):
+        done = super().score(replace(job, tasks=tuple(WANTED)))
+        few = Split(IDS[:12], 0.5)
+        chosen = few.held if job.held else few.part(job.part, job.complement)
+        done.measured[self.key] = self.measure(np.array(job.alphas), chosen)
+        return replace(done, slopes=done.slopes and {**done.slopes, self.key: 2 * np.array(job.alphas)})
+
+
+def test_a_part_with_one_text_of_a_regulariser_has_a_score_and_no_error_of_it(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    js = {"attention": "js", "text": "prose.jsonl", "weight": 0.1}
+    search(path, "gradient", FewTexts(), regularizer=js)
+    parts = [record for record in records(path).values() if record["part"] is not None]
+    alone = [record for record in parts if FewTexts.key not in record["stderr"]]
+    assert alone
+    assert all(set(record["scores"]) == {*WANTED, FewTexts.key} for record in parts)
+    assert all(set(record["stderr"]) >= set(WANTED) for record in parts)
 
 
 @pytest.mark.parametrize("name", EVERY)
