@@ -151,6 +151,14 @@ def test_the_last_steps_are_merged_unless_published():
     assert Controller(ControllerSettings()).at_end() == TRAIN  # nothing happened
 
 
+@pytest.mark.parametrize(("trained", "wanted"), [(0, 0), (1, 1), (5, 5), (8, 8), (13, 8)])
+def test_the_replay_of_a_last_interval_is_in_proportion_to_what_was_trained(trained, wanted):
+    controller = Controller(ControllerSettings())
+    for _ in range(trained):
+        assert controller.after_step(1.0) == TRAIN
+    assert controller.last_replay() == wanted
+
+
 def test_published_sets_switches_that_are_not_given():
     assert (PUBLISHED.signal, PUBLISHED.merge_at_end) == ("planned", False)
     assert ControllerSettings(controller="published", merge_at_end=True).merge_at_end

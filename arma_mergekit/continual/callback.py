@@ -351,7 +351,7 @@ class AIMMergingCallback(RehearsingCallback):
             # without a step left to replay, a merge would only take back what was learned
             if isinstance(answer, Replay) and (self.budget is None or self.left(args, state) > 0):
                 self._merge(answer.steps, weights, args, state, live)
-            last = self.controller.state.replay if self.budget is not None else 0
+            last = self.controller.last_replay() if self.budget is not None else 0
             if self.left(args, state) <= last or control.should_training_stop:
                 self.end(weights, args, state, live)
         self.stop_at_budget(args, state, control)

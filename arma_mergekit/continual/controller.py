@@ -177,6 +177,11 @@ class Controller:
         state = self._idle()
         return self._replay() if self.settings.merge_at_end and state.step > state.merged_at else TRAIN
 
+    def last_replay(self) -> int:
+        """Steps to replay if the task ended soon: at most M, and not more for each step trained than M to S."""
+        state = self.state
+        return min(state.replay, (state.step - state.merged_at) * state.replay // state.interval)
+
     def merge(self, change: float) -> Merge:
         """The weights, told sum |theta_k - theta_t| as it was before the replay; plans the next interval."""
         state = self.state

@@ -430,7 +430,8 @@ def overhead(records: Sequence[Mapping[str, Any]]) -> float:
 
 def overall(name: str, runs: Sequence[Mapping[str, Any]]) -> Record:
     """Mean and standard deviation of each metric over orders and seeds."""
-    columns = {key: [run["metrics"][key] for run in runs] for key in runs[0]["metrics"]}
+    known = [key for key in runs[0]["metrics"] if all(key in run["metrics"] for run in runs)]
+    columns = {key: [run["metrics"][key] for run in runs] for key in known}
     return {
         "name": name,
         "runs": len(runs),
