@@ -51,6 +51,12 @@ def test_one_spike_merges_when_due_and_two_change_the_weights():
     assert run(Controller(PUBLISHED), [*calm, 1.99, 1.0], []) == []
 
 
+def test_a_step_without_a_measurement_says_nothing():
+    sparse = [1.0, None, None, None, 1.0, None, None, None]  # delta = 2, from the seventh step on
+    assert run(Controller(PUBLISHED), [*sparse, 3.0], [1]) == [(9, 8, (0.6, 0.4), 8)]
+    assert run(Controller(PUBLISHED), [*sparse, 1.0, *[None] * 7], [1]) == [(16, 8, (0.6, 0.4), 8)]
+
+
 def test_three_spikes_do_not_wait():
     chosen = ControllerSettings(controller="published", interval=16)
     calm = [1.0] * 11
