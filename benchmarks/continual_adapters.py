@@ -5,7 +5,7 @@
     python benchmarks/continual_adapters.py --data O-LoRA/CL_Benchmark --table      # what is there, at any time
 
 For each method and seed: train on the first task, score both and general prose, train on the second (the same adapter
-goes on; OSF protects what it learned by a new decomposition), score again. Accuracy is the choice among the labels;
+goes on; OSF protects what it learned by a new decomposition), score again. Accuracy is of the likeliest label;
 general NLL that of recipes/icd10/data/general.jsonl. A line of results.jsonl per method and seed: started again, it
 computes only what is missing. Sized for 75 minutes of one core's time; --only and --steps for less. Seconds a step
 are of the processor's time, so that what else runs on the machine does not count.
