@@ -17,7 +17,7 @@ from arma_mergekit.continual.data import collator, encode, items, read_task, row
 from arma_mergekit.continual.plan import Plan, TaskSpec
 from arma_mergekit.continual.run import ContinualRun
 from arma_mergekit.continual.score import score
-from arma_mergekit.errors import DataError, RecipeError, RunError, UsageError
+from arma_mergekit.errors import CheckpointError, DataError, RecipeError, RunError, UsageError
 
 CHOICES = [f" {c}" for c in "abcdef"]
 METHODS = ["replay", {"aimmerging": {"interval": 3, "replay_steps": 2}}]
@@ -343,7 +343,7 @@ def test_a_model_that_is_not_there_is_said_before_anything_runs(root, tmp_path):
 
 
 def test_an_adapter_that_fits_nothing_is_said(root, tmp_path):
-    with pytest.raises(RunError, match="The adapter does not fit the model base"):
+    with pytest.raises(CheckpointError, match="The adapter does not fit the model base"):
         carry_out(root, tmp_path, adapter={"targets": ["nothing"]})
 
 
