@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,13 +32,13 @@ from arma_mergekit.digest import sha256_of
 from arma_mergekit.errors import CheckpointError, DataError, RunError, unknown
 from arma_mergekit.evals.rows import continuation
 from arma_mergekit.evals.sources import Record, read_records
-from arma_mergekit.load import LOCAL, as_dtype, build_model, max_positions, readable
+from arma_mergekit.load import LOCAL, adapted, as_dtype, build_model, max_positions, readable
 from arma_mergekit.whole import write_whole
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["METHODS", "RECORD", "Example", "Settings", "batch", "encode", "finetune"]
+__all__ = ["METHODS", "RECORD", "Example", "Settings", "batch", "encode", "finetune", "load_adapted"]
 
 RECORD = "finetune.json"
 CHECKPOINTS = "checkpoints"  # removed at the end
@@ -91,6 +92,12 @@ class Settings:
         default = METHODS[self.method]
         if default.peft_type is None and (self.rank or self.alpha or self.targets):
             raise RunError("Method full trains every weight: rank, alpha and targets are an adapter's.")
+        for name in ("lr", "epochs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise RunError(f"{name} must be a positive number, but got {value}.")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha):
+            raise RunError(f"alpha must be a finite number other than 0, but got {self.alpha}.")
         filled = {
             name: getattr(self, name) if getattr(self, name) is not None else getattr(default, name)
             for name in ("rank", "alpha", "lr")
@@ -236,10 +243,8 @@ def _model(settings: Settings, base: Checkpoint) -> Any:
             )
         return model
     if isinstance(base, AdaptedCheckpoint):
-        return _continued(settings, base, model)
-    from peft import get_peft_model
-
-    return get_peft_model(model, _peft_config(settings))
+        return _continued(settings.method, base, model)
+    return adapted(model, _peft_config(settings), settings.base)
 
 
 def _peft_config(settings: Settings) -> Any:
@@ -260,8 +265,16 @@ def _peft_config(settings: Settings) -> Any:
     )  # fmt: skip
 
 
-def _continued(settings: Settings, base: AdaptedCheckpoint, model: Any) -> Any:
-    """The adapter of ``base``, to be trained further: the same U over a sequence of tasks."""
+def load_adapted(reference: str, method: str) -> Any:
+    """The `PeftModel` of BASE+ADAPTER, whose adapter is of that method; CheckpointError otherwise."""
+    base = open_model(reference)
+    if not isinstance(base, AdaptedCheckpoint):
+        raise CheckpointError(f"{reference} has no adapter; name it as BASE+ADAPTER.")
+    return _continued(method, base, build_model(base.path, as_dtype(None, base)))
+
+
+def _continued(method: str, base: AdaptedCheckpoint, model: Any) -> Any:
+    """The model with the adapter of ``base``, to be trained further: the same U over a sequence of tasks."""
     from peft import PeftModel
 
     import arma_mergekit.continual.curlora  # noqa: F401 - PEFT knows its adapters only then
@@ -270,11 +283,11 @@ def _continued(settings: Settings, base: AdaptedCheckpoint, model: Any) -> Any:
     assert reference.adapter is not None
     path = locate(reference.adapter, reference.adapter_revision)
     kind = read_json(path / CONFIG).get("peft_type")
-    if kind != METHODS[settings.method].peft_type:
-        raise CheckpointError(
-            f"{path} is a {kind} adapter; method {settings.method} cannot go on training it."
-        )
-    return PeftModel.from_pretrained(model, str(path), is_trainable=True)
+    if kind != METHODS[method].peft_type:
+        raise CheckpointError(f"{path} is a {kind} adapter, but this needs one of method {method}.")
+    with readable(f"The adapter {path}", "train it again"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        return PeftModel.from_pretrained(model, str(path), is_trainable=True)
 
 
 def _tokenizer(path: Path) -> Any:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from arma_mergekit.live import LiveModel
 
-__all__ = ["Loaded", "load_live", "load_tokenizer"]
+__all__ = ["Loaded", "adapted", "load_live", "load_tokenizer"]
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 DTYPES = ("bfloat16", "float16", "float32", "float64")  # torch's names of the same
@@ -85,6 +85,20 @@ def load_live(recipe: Recipe, device: str | None = None) -> Loaded:
     return Loaded(
         live, tensors, averaged, max_positions(model.config), len(model.get_input_embeddings().weight)
     )
+
+
+def adapted(model: Any, config: Any, name: str) -> Any:
+    """The model, called ``name``, with a fresh adapter; CheckpointError if the adapter does not fit it."""
+    from peft import get_peft_model
+
+    try:
+        with warnings.catch_warnings():  # peft asks transformers for what it will rename
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            return get_peft_model(model, config)
+    except (TypeError, ValueError) as error:  # no module of these names, or none that can be adapted
+        raise CheckpointError(
+            f"The adapter does not fit the model {name} ({str(error).rstrip('.')}); change its targets or rank."
+        ) from error
 
 
 def load_tokenizer(recipe: Recipe) -> Any:

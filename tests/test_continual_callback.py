@@ -314,6 +314,13 @@ def test_a_budget_counts_replay_and_schedule_ends_with_it(tmp_path, name):
     assert run.lr_scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-12)
 
 
+def test_what_a_budget_leaves_for_the_last_interval_is_half_training_half_replay(tmp_path):
+    callback = aim(interval=8, replay_steps=8, threshold_factor=100)
+    callback.budget = 34  # 16 steps and 8 replayed, then 10 are left
+    trainer(lora(), tmp_path, callback, steps=34).train()
+    assert [(m["elapsed"], m["replayed"]) for m in callback.facts["merges"]] == [(16, 8), (5, 5)]
+
+
 def test_replay_comes_after_every_so_many_steps(tmp_path):
     callback = ReplayCallback(memory(), ReplaySettings(every=3), collate=collate)
     trainer(lora(), tmp_path, callback, steps=12).train()

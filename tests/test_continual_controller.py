@@ -51,6 +51,12 @@ def test_one_spike_merges_when_due_and_two_change_the_weights():
     assert run(Controller(PUBLISHED), [*calm, 1.99, 1.0], []) == []
 
 
+def test_a_step_without_a_measurement_says_nothing():
+    sparse = [1.0, None, None, None, 1.0, None, None, None]  # delta = 2, from the seventh step on
+    assert run(Controller(PUBLISHED), [*sparse, 3.0], [1]) == [(9, 8, (0.6, 0.4), 8)]
+    assert run(Controller(PUBLISHED), [*sparse, 1.0, *[None] * 7], [1]) == [(16, 8, (0.6, 0.4), 8)]
+
+
 def test_three_spikes_do_not_wait():
     chosen = ControllerSettings(controller="published", interval=16)
     calm = [1.0] * 11
@@ -149,6 +155,14 @@ def test_the_last_steps_are_merged_unless_published():
         controller.after_step(1.0)
         assert controller.at_end() == wanted
     assert Controller(ControllerSettings()).at_end() == TRAIN  # nothing happened
+
+
+@pytest.mark.parametrize(("trained", "wanted"), [(0, 0), (1, 1), (5, 5), (8, 8), (13, 8)])
+def test_the_replay_of_a_last_interval_is_in_proportion_to_what_was_trained(trained, wanted):
+    controller = Controller(ControllerSettings())
+    for _ in range(trained):
+        assert controller.after_step(1.0) == TRAIN
+    assert controller.last_replay() == wanted
 
 
 def test_published_sets_switches_that_are_not_given():

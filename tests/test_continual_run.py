@@ -17,7 +17,7 @@ from arma_mergekit.continual.data import collator, encode, items, read_task, row
 from arma_mergekit.continual.plan import Plan, TaskSpec
 from arma_mergekit.continual.run import ContinualRun
 from arma_mergekit.continual.score import score
-from arma_mergekit.errors import DataError, RecipeError, RunError, UsageError
+from arma_mergekit.errors import CheckpointError, DataError, RecipeError, RunError, UsageError
 
 CHOICES = [f" {c}" for c in "abcdef"]
 METHODS = ["replay", {"aimmerging": {"interval": 3, "replay_steps": 2}}]
@@ -279,6 +279,33 @@ def test_encoder_decoder_models_are_scored_by_the_same_rules():
     assert score(model, tokenizer, task, 32, True)["score"] == float(losses[1] < losses[0])
 
 
+@torch.no_grad()
+def test_the_likeliest_choice_counts_to_the_end_of_text_and_not_by_its_mean(root):
+    model = transformers.AutoModelForCausalLM.from_pretrained(root / "base")
+    model.lm_head.weight.data *= 20  # decided
+    tokenizer, choices = toy.make_tokenizer(), [" a", " ab", " bcdef"]
+    tokenizer.eos_token = "z"
+    likely, means = [], []
+    prompts = [f"{a}{b}=" for a in "abcdef" for b in "123"]
+    for prompt in prompts:
+        each = []
+        for choice in choices:
+            ids = torch.tensor([[*tokenizer(prompt + choice)["input_ids"], tokenizer.eos_token_id]])
+            start = len(tokenizer(prompt)["input_ids"])
+            log_p = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+            each.append(log_p.gather(1, ids[0, start:, None])[:, 0])
+        likely.append(max(range(3), key=lambda k: each[k].sum()))
+        means.append(max(range(3), key=lambda k: each[k][:-1].mean()))
+    assert likely != means
+    task = type("T", (), {"name": "t"})()
+    for found, wanted in ((likely, 1.0), (means, sum(map(int.__eq__, likely, means)) / len(likely))):
+        task.test = [
+            {"prompt": p, "answer": choices[k], "choices": choices, "label": None}
+            for p, k in zip(prompts, found, strict=True)
+        ]
+        assert score(model, tokenizer, task, 32, False)["score"] == pytest.approx(wanted)
+
+
 def test_free_answers_are_scored_by_exact_match(root):
     model = transformers.AutoModelForCausalLM.from_pretrained(root / "base")
     tokenizer = toy.make_tokenizer()
@@ -316,7 +343,7 @@ def test_a_model_that_is_not_there_is_said_before_anything_runs(root, tmp_path):
 
 
 def test_an_adapter_that_fits_nothing_is_said(root, tmp_path):
-    with pytest.raises(RunError, match="The adapter does not fit the model base"):
+    with pytest.raises(CheckpointError, match="The adapter does not fit the model base"):
         carry_out(root, tmp_path, adapter={"targets": ["nothing"]})
 
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import toy
@@ -186,7 +188,7 @@ def test_an_adapter_is_trained_further_on_the_next_task(pair, tmp_path, method):
     assert all(torch.equal(before[n], after[n]) for n in kept)
     assert any(not torch.equal(before[n], after[n]) for n in before)
     other = "lora" if method == "curlora" else "curlora"
-    with pytest.raises(CheckpointError, match=f"method {other} cannot go on training it"):
+    with pytest.raises(CheckpointError, match=f"needs one of method {other}"):
         finetune(Settings(base, pair / "sums.jsonl", other), tmp_path / "third")
 
 
@@ -208,16 +210,37 @@ def test_what_is_too_long_is_cut_and_counted(pair, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run(pair, tmp_path):
     with pytest.raises(RunError, match="lower learning rate"):
-        finetune(settings(pair, method="full", lr=math.inf, steps=3), tmp_path / "out")
+        finetune(settings(pair, method="full", lr=1e30, steps=3), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"method": "loar"}, "Did you mean lora"), ({"method": "full", "rank": 4}, "an adapter's")],
+    [
+        ({"method": "loar"}, "Did you mean lora"),
+        ({"method": "full", "rank": 4}, "an adapter's"),
+        ({"lr": -1.0}, "lr must be a positive number, but got -1.0"),
+        ({"lr": math.nan}, "lr must be a positive number"),
+        ({"alpha": 0.0}, "alpha must be a finite number other than 0"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(pair, tmp_path, changes, says):
     with pytest.raises(RunError, match=says):
         finetune(settings(pair, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"targets": ("nope",)}, "Target modules {'nope'} not found"),
+        ({"rank": 5000}, "choose r <= that"),
+        ({"targets": ("embed_tokens",)}, "adapts Linear and Conv1D"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_said_in_a_sentence(pair, tmp_path, changes, says):
+    with pytest.raises(CheckpointError, match="does not fit the model") as found:
+        finetune(replace(settings(pair), **changes), tmp_path / "out")
+    assert says in str(found.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -237,3 +260,20 @@ def test_the_command_says_what_is_trained_and_how_a_recipe_names_it(pair, tmp_pa
     missing = CliRunner().invoke(cli, [*words, "--out", str(tmp_path / "x")])
     assert isinstance(missing.exception, ArmaError)
     assert "No data file" in str(missing.exception)
+
+
+def test_the_command_lora_writes_an_adapter_that_adds_the_same(pair, tmp_path):
+    base, out, given = pair / "base", tmp_path / "lora", settings(pair, steps=3)
+    finetune(given, tmp_path / "cur")
+    words = ["lora", f"{base}+{tmp_path / 'cur'}", "--out", str(out)]
+    assert CliRunner().invoke(cli, words, catch_exceptions=False).exit_code == 0
+    one, other = (open_model(f"{base}+{path}") for path in (tmp_path / "cur", out))
+    assert one.factors.keys() == other.factors.keys()
+    for name in one.factors:
+        np.testing.assert_allclose(one.read(name), other.read(name), rtol=1e-4, atol=1e-6)
+        assert (one.read(name) != open_model(str(base)).read(name)).any()
+    assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    again = CliRunner().invoke(cli, words)
+    assert "is not empty" in str(again.exception)
+    plain = CliRunner().invoke(cli, ["lora", str(base), "--out", str(tmp_path / "x")])
+    assert "has no adapter" in str(plain.exception)

@@ -26,6 +26,7 @@ COMMANDS = {
     "merge": "Merge a recipe into a directory, at copy speed.",
     "finetune": "Fine-tune a model, whole or through an adapter.",
     "gate": "Tell whether a merged checkpoint scores what was promised.",
+    "lora": "Write a CURLoRA adapter as a LoRA adapter that does the same.",
     "inspect": "Show where two models differ, by layer, projection and head.",
     "plan": "Show what a recipe does to every tensor, reading headers only.",
     "report": "Write the HTML report of a tuning run again.",

@@ -332,7 +332,6 @@ class AIMMergingCallback(RehearsingCallback):
         super().begin(weights)
         self.controller = Controller(self.settings)
         self.tensors = {"anchor": copies(weights)} if self.rehearsal.memory else {}
-        self.facts["probe"] = None
 
     def save(self, directory: Path) -> None:
         """The controller's state too."""
@@ -351,7 +350,7 @@ class AIMMergingCallback(RehearsingCallback):
             # without a step left to replay, a merge would only take back what was learned
             if isinstance(answer, Replay) and (self.budget is None or self.left(args, state) > 0):
                 self._merge(answer.steps, weights, args, state, live)
-            last = self.controller.state.replay if self.budget is not None else 0
+            last = self.controller.last_replay() if self.budget is not None else 0
             if self.left(args, state) <= last or control.should_training_stop:
                 self.end(weights, args, state, live)
         self.stop_at_budget(args, state, control)
@@ -364,19 +363,17 @@ class AIMMergingCallback(RehearsingCallback):
         if isinstance(answer, Replay):
             self._merge(answer.steps, weights, args, state, live)
 
-    def _signal(self, args: Any, live: Mapping[str, Any]) -> float:
-        """h; where a share of a step's rows is less than one, measured only every so many steps."""
+    def _signal(self, args: Any, live: Mapping[str, Any]) -> float | None:
+        """h; where a share of a step's rows is less than one, measured at every so-manieth step of an interval."""
         rows = self.settings.probe_share * args.per_device_train_batch_size * args.gradient_accumulation_steps
-        probe = self.facts["probe"]
-        if probe is not None and self.controller.state.step % max(1, round(1 / rows)):
-            return float(probe["loss"])
-        if probe is None or self.settings.probe_rows == "random":
+        since = self.controller.state.step - self.controller.state.merged_at
+        if since % max(1, round(1 / rows)):
+            return None
+        if not since or self.settings.probe_rows == "random":
             self.facts["draws"] += 1
-            probe = {"draw": self.facts["draws"]}
-        records = self.rehearsal.memory.batch(probe["draw"], max(1, round(rows)))
-        loss = self.rehearsal.probe(records, self.settings.probe_mode, live)
-        self.facts["probe"] = probe | {"loss": loss}
-        return loss
+            self.facts["probe"] = self.facts["draws"]
+        records = self.rehearsal.memory.batch(self.facts["probe"], max(1, round(rows)))
+        return self.rehearsal.probe(records, self.settings.probe_mode, live)
 
     def _merge(self, steps: int, weights: Copies, args: Any, state: Any, live: Mapping[str, Any]) -> None:
         anchor, before = self.tensors["anchor"], self.facts["replayed"]
@@ -387,7 +384,6 @@ class AIMMergingCallback(RehearsingCallback):
         overwrite(weights, anchor)
         if self.settings.moments != "keep":
             scale_moments(live["optimizer"], weights, merge.outer if self.settings.moments == "damp" else 0.0)
-        self.facts["probe"] = None
         self.facts["merges"].append(asdict(merge) | {"replayed": self.facts["replayed"] - before})
 
 

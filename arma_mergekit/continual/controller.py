@@ -155,18 +155,20 @@ class Controller:
 
     @property
     def threshold(self) -> float | None:
-        """delta; None until enough losses of this interval are known."""
-        known = len(self.state.losses) == int(2 * self.state.interval / 3) + 1
-        return self.settings.threshold_factor * fmean(self.state.losses) if known else None
+        """delta; None until enough steps of this interval are over."""
+        state = self.state
+        known = state.losses and state.step - state.merged_at > int(2 * state.interval / 3)
+        return self.settings.threshold_factor * fmean(state.losses) if known else None
 
-    def after_step(self, loss: float) -> Answer:
-        """What to do after an optimiser step, told h."""
+    def after_step(self, loss: float | None) -> Answer:
+        """What to do after an optimiser step, told h; None if it was not measured, which says nothing either way."""
         state, delta = self._idle(), self.threshold
         state.step += 1
-        _check("A memory loss", loss)
+        if loss is not None:
+            _check("A memory loss", loss)
         if delta is None:
-            state.losses.append(float(loss))
-        elif loss >= delta or state.step >= state.due + state.interval:
+            state.losses += [] if loss is None else [float(loss)]
+        elif (loss is not None and loss >= delta) or state.step >= state.due + state.interval:
             state.flag += 1
         if (state.step >= state.due and state.flag >= 1) or state.flag >= 3:
             return self._replay()
@@ -176,6 +178,11 @@ class Controller:
         """What to do when the task is over."""
         state = self._idle()
         return self._replay() if self.settings.merge_at_end and state.step > state.merged_at else TRAIN
+
+    def last_replay(self) -> int:
+        """Steps to replay if the task ended soon: at most M, and not more for each step trained than M to S."""
+        state = self.state
+        return min(state.replay, (state.step - state.merged_at) * state.replay // state.interval)
 
     def merge(self, change: float) -> Merge:
         """The weights, told sum |theta_k - theta_t| as it was before the replay; plans the next interval."""

@@ -1,7 +1,7 @@
 """Tasks from local files as records, token rows and batches. It knows files and a tokenizer; no models.
 
 JSONL: {"prompt", "answer"}, the answer scored by exact match of its tokens; with "choices" (texts; "answer" is one of
-them or its index) by the choice of highest log-likelihood per token. A folder `<group>/<task>` holds train.json and
+them or its index) by the likeliest choice (score.py). A folder `<group>/<task>` holds train.json and
 test.json, lists of {"sentence", "label"}, and labels.json, the list of labels; there the prompt is the sentence, the
 group's instruction with all labels, and "Answer:".
 
@@ -150,11 +150,17 @@ def items(tokenizer: Any, task: Task, max_length: int) -> list[Item]:
     """The test records as items of a choice or generate task."""
     found = []
     for k, record in enumerate(task.test):
-        answer = record["choices"].index(record["answer"]) if record["choices"] else 0
-        found.append(
-            Item(f"{task.name}-{k}", tuple(rows(tokenizer, record, max_length)), answer, record["answer"])
-        )
+        answer, made = 0, rows(tokenizer, record, max_length - 1)  # as they were trained on
+        if record["choices"]:
+            answer = record["choices"].index(record["answer"])
+            made = [Row(row.tokens + _end(tokenizer), row.start) for row in made]
+        found.append(Item(f"{task.name}-{k}", tuple(made), answer, record["answer"]))
     return found
+
+
+def _end(tokenizer: Any) -> tuple[int, ...]:
+    """The end of text, if there is such a token."""
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
 
 def encode(tokenizer: Any, record: Record, max_length: int, encoder_decoder: bool) -> dict[str, list[int]]:
@@ -164,7 +170,7 @@ def encode(tokenizer: Any, record: Record, max_length: int, encoder_decoder: boo
         return {"input_ids": prompt[-max_length:], "labels": tokenizer(record["answer"])["input_ids"]}
     at = record["choices"].index(record["answer"]) if record["choices"] else 0
     row = rows(tokenizer, record, max_length - 1)[at]
-    tokens = list(row.tokens) + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+    tokens = [*row.tokens, *_end(tokenizer)]
     return {"input_ids": tokens, "labels": [IGNORED] * row.start + tokens[row.start :]}
 
 

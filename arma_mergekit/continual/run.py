@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -264,12 +263,14 @@ def build(plan: Plan, encoder_decoder: bool, seed: int) -> Any:
         model = build_model(path, dtype)
     if torch.cuda.is_available():
         model.to("cuda")
-    return model if plan.adapter is None else adapted(model, plan)
+    return model if plan.adapter is None else with_lora(model, plan)
 
 
-def adapted(model: Any, plan: Plan) -> Any:
+def with_lora(model: Any, plan: Plan) -> Any:
     """The model with a fresh LoRA adapter; nothing else trains."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
+
+    from arma_mergekit.load import adapted
 
     adapter = plan.adapter
     assert adapter is not None
@@ -280,12 +281,7 @@ def adapted(model: Any, plan: Plan) -> Any:
         target_modules=list(adapter.targets),
         task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
     )
-    try:
-        with warnings.catch_warnings():  # peft asks transformers for what it will rename
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            return get_peft_model(model, config)
-    except ValueError as error:  # no module of these names
-        raise RunError(f"The adapter does not fit the model {plan.model}: {error}") from error
+    return adapted(model, config, plan.model)
 
 
 def make_callback(method: Method, memory: Memory, collate: Any, plan: Plan) -> Any:
@@ -430,7 +426,8 @@ def overhead(records: Sequence[Mapping[str, Any]]) -> float:
 
 def overall(name: str, runs: Sequence[Mapping[str, Any]]) -> Record:
     """Mean and standard deviation of each metric over orders and seeds."""
-    columns = {key: [run["metrics"][key] for run in runs] for key in runs[0]["metrics"]}
+    known = [key for key in runs[0]["metrics"] if all(key in run["metrics"] for run in runs)]
+    columns = {key: [run["metrics"][key] for run in runs] for key in known}
     return {
         "name": name,
         "runs": len(runs),
