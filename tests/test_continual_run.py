@@ -220,6 +220,34 @@ def test_both_layouts_are_records_of_one_kind(root):
     }  # fmt: skip
 
 
+def test_a_dataset_is_a_task_through_its_columns(root, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "mood": datasets.ClassLabel(names=["good", "bad"])}
+    )
+    rows = {"text": [f"ab{k}" for k in range(8)], "mood": [0, 1] * 4}
+    side = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": side, "test": side}).save_to_disk(tmp_path / "moods")
+    given = {"name": "moods", "dataset": "moods", "prompt": "{text}=", "answer": "mood"}
+    changes = {"tasks": [given, {"name": "x", "train": "x.jsonl", "test": "x.jsonl"}]}
+    task = read_task(plan(tmp_path, **changes), plan(tmp_path, **changes).tasks[0])
+    assert task.train[1] == {
+        "prompt": "ab1=",
+        "answer": " bad",
+        "choices": [" good", " bad"],
+        "label": " bad",
+    }
+    for wrong in (
+        {"prompt": "{txt}"},
+        {"answer": "mod"},
+        {"splits": ["train", "dev"]},
+        {"dataset": "nowhere/x"},
+    ):
+        changes["tasks"][0] = given | wrong
+        with pytest.raises(DataError, match=r"Task moods: dataset .* cannot be used"):
+            read_task(plan(tmp_path, **changes), plan(tmp_path, **changes).tasks[0])
+
+
 def test_only_the_answer_is_learned_and_long_prompts_lose_their_beginning():
     tokenizer = toy.make_tokenizer()
     record = {"prompt": "abcdefgh", "answer": " b", "choices": [" b", " dcba"]}
@@ -255,12 +283,27 @@ def test_a_limit_takes_the_same_records_of_all_labels_each_time(root):
     ({"prompt": "a", "answer": "x", "choices": CHOICES}, "answer must be a text, one of the choices"),
     ({"prompt": "a", "answer": ""}, "answer must be a text"),
     ({"prompt": "a"}, "answer is missing"),
+    ({"prompt": "a", "answer": " a", "choices": [" a"]}, "choices must be two or more different texts"),
+    ({"prompt": "a", "answer": " a", "choices": [" a", " a"]}, "choices must be two or more different texts"),
+    ({"prompt": "a", "answer": " a", "choices": [" a", 3]}, "choices must be two or more different texts"),
+    ({"prompt": "a", "answer": " a", "choices": " abc"}, "choices must be two or more different texts"),
 ])  # fmt: skip
 def test_bad_records_are_named(root, tmp_path, line, named):
     toy.write_jsonl(tmp_path / "x.jsonl", [line])
     spec = TaskSpec(name="x", train="x.jsonl", test="x.jsonl")
     with pytest.raises(DataError, match=rf"x\.jsonl.*{named}"):
         read_task(plan(tmp_path), spec)
+
+
+@pytest.mark.parametrize("labels", ['["good"]', '["good", "good"]', '["good", 3]'])
+def test_labels_that_do_not_tell_classes_apart_are_named(root, tmp_path, labels):
+    folder = tmp_path / "SC" / "moods"
+    folder.mkdir(parents=True)
+    (folder / "labels.json").write_text(labels)
+    for side in ("train", "test"):
+        (folder / f"{side}.json").write_text('[{"sentence": "s", "label": "good"}]')
+    with pytest.raises(DataError, match=r"labels\.json must be two or more different texts"):
+        read_task(plan(tmp_path), plan(tmp_path).tasks[1])
 
 
 def test_encoder_decoder_models_are_scored_by_the_same_rules():
@@ -326,6 +369,9 @@ def test_free_answers_are_scored_by_exact_match(root):
     ({"methods": [{"sfa": {"bak": 1}}]}, "Unknown key 'bak'"),
     ({"methods": [{"sfa": {}, "ema": {}}]}, "needs exactly one of"),
     ({"methods": ["replay", "replay"]}, "has 'replay' more than once"),
+    ({"methods": [{"name": "a b", "sfa": {}}, {"name": "a-b", "ema": {}}]}, "has 'a-b' more than once"),
+    ({"methods": [{"name": "alone", "sfa": {}}]}, "a method named 'alone'"),
+    ({"seeds": [0, 1, 0]}, "has 0 more than once"),
     ({"methods": [{"aimmerging": {"controller": "window"}}]}, "needs window, shrink and grow"),
     ({"orders": [["ab", "ab"]]}, r"orders\[0\].*must name every task once: ab, moods"),
     ({"tasks": [{"name": "x", "train": "a"}, {"folder": "b"}]}, r"tasks\[0\].*needs either train and test, or folder"),

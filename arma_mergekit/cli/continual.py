@@ -67,9 +67,9 @@ def chosen(plan: Any, methods: list[str] | None, seeds: list[str] | None) -> Any
         for name in methods:
             if name not in known:
                 raise UsageError(unknown("method", name, known))
-        changes["methods"] = tuple(known[name] for name in methods)
+        changes["methods"] = tuple(known[name] for name in dict.fromkeys(methods))
     if seeds is not None:
-        changes["seeds"] = tuple(map(whole_number, seeds))
+        changes["seeds"] = tuple(dict.fromkeys(map(whole_number, seeds)))
     if () in changes.values():
         raise UsageError("--methods and --seeds take at least one entry.")
     return plan.model_copy(update=changes)

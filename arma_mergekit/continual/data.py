@@ -5,6 +5,9 @@ them or its index) by the likeliest choice (score.py). A folder `<group>/<task>`
 test.json, lists of {"sentence", "label"}, and labels.json, the list of labels; there the prompt is the sentence, the
 group's instruction with all labels, and "Answer:".
 
+A dataset is one of `datasets` (a name, or a local directory): the prompt is a template of its columns, the answer a
+column; the names of a ClassLabel are its choices.
+
 A record is {"prompt", "answer", "choices", "label"}, texts all, "label" what the memory balances by. Prompts lose their
 beginning where prompt and longest answer exceed ``max_length`` tokens, so instructions stand at their end.
 """
@@ -55,7 +58,9 @@ class Task:
 
 
 def paths(plan: Plan, spec: TaskSpec) -> list[Path]:
-    """The files of a task."""
+    """The files of a task; of a dataset none."""
+    if spec.dataset is not None:
+        return []
     if spec.folder is None:
         return [plan.place(str(spec.train)), plan.place(str(spec.test))]
     return [plan.place(spec.folder) / f"{name}.json" for name in ("train", "test", "labels")]
@@ -63,14 +68,26 @@ def paths(plan: Plan, spec: TaskSpec) -> list[Path]:
 
 def read_task(plan: Plan, spec: TaskSpec) -> Task:
     """A task's records, the first ``limit`` of each file; DataError names file and place."""
+    if spec.dataset is not None:
+        test = Path(spec.dataset)
+        sides = _from_dataset(plan, spec)
+        return _task(spec, sides, test)
     train, test, *labels = paths(plan, spec)
     if labels:
         group = train.parent.parent.name
         question = spec.instruction or INSTRUCTIONS.get(group, OTHER)
         names = _json_list(labels[0])
+        if not _distinct(names):
+            raise DataError(
+                f"{labels[0]} must be two or more different texts, but got {reprlib.repr(names)}."
+            )
         sides = [_from_folder(path, question, names) for path in (train, test)]
     else:
         sides = [_from_lines(path) for path in (train, test)]
+    return _task(spec, sides, test)
+
+
+def _task(spec: TaskSpec, sides: Sequence[list[Record]], test: Path) -> Task:
     kept = [_some(s, limit) for s, limit in zip(sides, (spec.limit_train, spec.limit_test), strict=True)]
     if len({record["choices"] is None for record in kept[1]}) > 1:
         raise DataError(f"{test}: records with and without choices cannot be scored together; split them.")
@@ -85,12 +102,22 @@ def _some(records: list[Record], limit: int | None) -> list[Record]:
     return [records[k] for k in kept]
 
 
+def _distinct(choices: Any) -> bool:
+    """Whether it is a list of two or more different texts."""
+    texts = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
+    return texts and len(choices) == len(set(choices)) > 1
+
+
 def _from_lines(path: Path) -> list[Record]:
     found: list[Record] = []
     for record in read_records(path, ["prompt", "answer"]):
         prompt, answer, choices = record.text("prompt"), record.fields["answer"], record.fields.get("choices")
         if isinstance(choices, list) and isinstance(answer, int) and 0 <= answer < len(choices):
             answer = choices[answer]
+        if choices is not None and not _distinct(choices):
+            raise record.error(
+                f"choices must be two or more different texts, but got {reprlib.repr(choices)}"
+            )
         if not isinstance(answer, str) or not answer or (choices is not None and answer not in choices):
             raise record.error(
                 f"answer must be a text, one of the choices if there are any, but got {answer!r}"
@@ -116,6 +143,44 @@ def _from_folder(path: Path, question: str, labels: Sequence[str]) -> list[Recor
         found.append(
             {"prompt": prompt, "answer": f" {row['label']}", "choices": choices, "label": row["label"]}
         )
+    return found
+
+
+def _from_dataset(plan: Plan, spec: TaskSpec) -> list[list[Record]]:
+    """Both splits of a dataset."""
+    try:
+        from datasets import load_dataset, load_from_disk
+    except ImportError as error:
+        raise DataError(f"Task {spec.name}: a dataset needs datasets; pip install datasets.") from error
+    place = plan.place(str(spec.dataset))
+    try:
+        saved = (place / "dataset_dict.json").exists()
+        whole = (
+            load_from_disk(str(place))
+            if saved
+            else load_dataset(str(place if place.is_dir() else spec.dataset))
+        )
+        return [_from_split(spec, whole[split]) for split in spec.splits]
+    except (KeyError, ValueError, OSError) as error:
+        cause = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        raise DataError(
+            f"Task {spec.name}: dataset {spec.dataset} cannot be used as prompt {spec.prompt!r} and answer "
+            f"{spec.answer!r} of splits {', '.join(spec.splits)} ({cause})."
+        ) from error
+
+
+def _from_split(spec: TaskSpec, rows: Any) -> list[Record]:
+    names = getattr(rows.features[spec.answer], "names", None)
+    choices = [f" {name}" for name in names] if names else None
+    found: list[Record] = []
+    for row in rows:
+        answer = f" {row[spec.answer]}" if choices is None else choices[row[spec.answer]]
+        prompt = str(spec.prompt).format_map(row)
+        found.append(
+            {"prompt": prompt, "answer": answer, "choices": choices, "label": answer if choices else None}
+        )
+    if not found:
+        raise ValueError("it has no rows")
     return found
 
 

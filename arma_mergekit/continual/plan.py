@@ -26,19 +26,29 @@ from arma_mergekit.errors import RecipeError, unknown
 from arma_mergekit.recipe.document import read_yaml
 from arma_mergekit.recipe.strict import Strict, sentences
 
-__all__ = ["Adapter", "Method", "Plan", "TaskSpec", "Training"]
+__all__ = ["Adapter", "Method", "Plan", "TaskSpec", "Training", "slug"]
 
 Count = Annotated[int, Field(ge=1)]
+ALONE = "alone"  # the name of sequences of one task
 Rate = Annotated[float, Field(gt=0)]
 
 
+def slug(name: str) -> str:
+    """A name as it stands in a directory's."""
+    return name.replace(" ", "-")
+
+
 class TaskSpec(Strict):
-    """A task: two JSONL files, or a folder with train.json, test.json and labels.json (data.py)."""
+    """A task: two JSONL files, a folder with train.json, test.json and labels.json, or a dataset (data.py)."""
 
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
     train: str | None = None
     test: str | None = None
     folder: str | None = None
+    dataset: str | None = None
+    prompt: str | None = None
+    answer: str = "label"
+    splits: tuple[str, str] = ("train", "test")
     instruction: str | None = None
     limit_train: Count | None = None
     limit_test: Count | None = None
@@ -52,8 +62,11 @@ class TaskSpec(Strict):
 
     @model_validator(mode="after")
     def _whole(self) -> TaskSpec:
-        if (self.folder is None) == (self.train is None) or (self.train is None) != (self.test is None):
-            raise ValueError(" needs either train and test, or folder.")
+        sources = [self.train, self.folder, self.dataset]
+        if sources.count(None) != 2 or (self.train is None) != (self.test is None):
+            raise ValueError(" needs either train and test, or folder, or dataset.")
+        if (self.dataset is None) != (self.prompt is None):
+            raise ValueError(" needs dataset and prompt together, as in prompt: '{text} Topic:'.")
         return self
 
 
@@ -144,13 +157,22 @@ class Plan(Strict):
         plan._path = path
         return plan
 
-    @field_validator("tasks", "methods")
+    @field_validator("methods")
+    @classmethod
+    def _not_reserved(cls, found: tuple[Method, ...]) -> tuple[Method, ...]:
+        if any(slug(method.name) == ALONE for method in found):
+            raise ValueError(
+                f" has a method named {ALONE!r}, which is that of `alone: true`; name it otherwise."
+            )
+        return found
+
+    @field_validator("tasks", "methods", "seeds")
     @classmethod
     def _once(cls, found: tuple[Any, ...]) -> tuple[Any, ...]:
-        names = [entry.name for entry in found]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        names = [entry if isinstance(entry, int) else slug(entry.name) for entry in found]
+        twice = [name for name in names if names.count(name) > 1]
         if twice:
-            raise ValueError(f" has {twice[0]!r} more than once; give each a name of its own.")
+            raise ValueError(f" has {twice[0]!r} more than once; give each its own.")
         return found
 
     @model_validator(mode="after")

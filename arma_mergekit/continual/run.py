@@ -10,6 +10,7 @@ and never done again; a task that was killed goes on from its last checkpoint. O
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -24,7 +25,7 @@ from typing import Any, TypeAlias
 from arma_mergekit.continual import metrics
 from arma_mergekit.continual.data import Task, collator, encode, paths, read_task
 from arma_mergekit.continual.memory import Memory
-from arma_mergekit.continual.plan import Method, Plan
+from arma_mergekit.continual.plan import Method, Plan, slug
 from arma_mergekit.continual.settings import Settings
 from arma_mergekit.digest import DigestMemo, sha256_of
 from arma_mergekit.errors import RunError
@@ -37,6 +38,7 @@ Record: TypeAlias = dict[str, Any]
 Progress: TypeAlias = Callable[[str], None]
 
 FREE = ("methods", "seeds", "orders", "alone", "save_model")  # may grow from one start of a run to the next
+IN_RECORDS = ("dataset", "prompt", "answer", "splits")  # of a task; what they lead to is compared instead
 ALONE = Method(name="alone", kind="sequential", settings=Settings())
 
 
@@ -52,7 +54,7 @@ class Course:
     @property
     def key(self) -> str:
         """Its name in the journal and on disk."""
-        return f"{self.method.name}-order{self.number}-seed{self.seed}".replace(" ", "-")
+        return f"{slug(self.method.name)}-order{self.number}-seed{self.seed}"
 
 
 class ContinualRun:
@@ -78,11 +80,16 @@ class ContinualRun:
             return summary(self.plan, self.journal)
 
     def _facts(self) -> Record:
-        content = self.plan.model_dump(mode="json", exclude=set(FREE))
+        free = dict.fromkeys(FREE, True) | {"tasks": {"__all__": set(IN_RECORDS)}}
+        content = self.plan.model_dump(mode="json", exclude=free)
         facts: Record = {f"plan: {name}": value for name, value in flat(content)}
         for spec in self.plan.tasks:
             for path in paths(self.plan, spec):
                 facts[f"data {spec.name}: {path.name}"] = sha256_of(path)
+            if spec.dataset is not None:
+                task = self.tasks[spec.name]
+                text = json.dumps([list(task.train), list(task.test)], sort_keys=True)
+                facts[f"data {spec.name}: records"] = hashlib.sha256(text.encode()).hexdigest()
         directory = self.plan.place(self.plan.model)
         if not (directory / "config.json").exists():
             raise RunError(

@@ -16,7 +16,7 @@ __all__ = ["render", "standalone"]
 
 Record = Mapping[str, Any]
 
-CELL, GAP, LEFT, TOP = 46.0, 40.0, 104.0, 52.0
+CELL, GAP, LEFT, TOP = 60.0, 40.0, 104.0, 52.0
 SHAPES = ("circle", "square", "diamond", "up", "hexagon", "plus")
 DARK = 0.55  # share of the scale from which text in a cell is white
 
@@ -109,7 +109,7 @@ def matrices_svg(found: Record) -> Markup:
     side = CELL * len(tasks)
     across = min(3, len(names))
     width = LEFT + across * (side + GAP)
-    height = TOP + -(-len(names) // across) * (side + TOP + GAP)
+    height = -(-len(names) // across) * (side + TOP + GAP)
     parts = []
     for k, name in enumerate(names):
         left, top = LEFT + (k % across) * (side + GAP), TOP + (k // across) * (side + TOP + GAP)
