@@ -252,7 +252,7 @@ def main() -> None:
         for name in args.only:
             if (name, seed) not in done:
                 asked = {"method": name, "seed": seed, "lr": METHODS[name].lr, "sizes": sizes}
-                made = asked | bench.run(METHODS[name], seed)
+                made = {**asked, **bench.run(METHODS[name], seed)}
                 done[name, seed] = made
                 with journal.open("a") as file:
                     file.write(json.dumps(made) + "\n")
