@@ -425,8 +425,9 @@ def test_encoder_decoder_models_are_merged_too(tmp_path):
     ("fsdp", "full_shard", "FSDP"),
     ("fsdp", True, "FSDP"),
     ("world_size", 2, "one process"),
+    ("load_best_model_at_end", True, "load_best_model_at_end"),
 ])  # fmt: skip
-def test_sharding_is_refused_at_the_start(option, value, named):
+def test_what_would_be_averaged_wrongly_is_refused_at_the_start(option, value, named):
     args = type("Args", (), {"deepspeed": None, "fsdp": None, "world_size": 1, option: value})()
     with pytest.raises(RunError, match=named):
         aim().on_train_begin(args, None, None, model=llama())

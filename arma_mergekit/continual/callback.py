@@ -161,7 +161,7 @@ class MergingCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def check_supported(args: Any) -> None:
-    """RunError for what would be averaged wrongly: sharded parameters, several processes."""
+    """RunError for what would be averaged wrongly: sharded parameters, several processes, a checkpoint put back."""
     if getattr(args, "deepspeed", None):
         raise RunError(
             "DeepSpeed shards parameters or their optimiser's state, which cannot be merged here; train without."
@@ -170,6 +170,11 @@ def check_supported(args: Any) -> None:
         raise RunError("FSDP shards parameters, which cannot be merged here; train without.")
     if args.world_size > 1:
         raise RunError(f"Merging while training runs in one process, but got {args.world_size}; start one.")
+    if getattr(args, "load_best_model_at_end", False):
+        raise RunError(
+            "load_best_model_at_end puts an older model back before the last merge, which would mix the two; train "
+            "without."
+        )
 
 
 def check_copies(tensors: Mapping[str, Copies], weights: Copies) -> None:
