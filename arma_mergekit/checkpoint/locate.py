@@ -18,8 +18,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from arma_mergekit.errors import CheckpointError
 
-__all__ = ["ModelReference", "contained", "locate", "readable"]
+__all__ = ["SIAMESE", "ModelReference", "contained", "locate", "readable"]
 
+SIAMESE = "siamese.json"  # what makes a directory a siamese model
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
