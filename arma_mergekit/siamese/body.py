@@ -45,6 +45,15 @@ def calling(module: nn.Module, forward: Run) -> Iterator[None]:
 @torch.no_grad()
 def find_decoder(lm: Any) -> tuple[nn.Module, Tensor]:
     """The module whose hidden states the head is given, and a sample of them (1, T, d); CheckpointError if none is."""
+    training = lm.training
+    lm.eval()  # dropout would hide what is equal
+    try:
+        return _found(lm)
+    finally:
+        lm.train(training)
+
+
+def _found(lm: Any) -> tuple[nn.Module, Tensor]:
     ids = torch.tensor([[1, 0, 2, 1]], device=lm.device)
     whole = lm(input_ids=ids, use_cache=False).logits
     for module in (lm.get_decoder(), getattr(lm, lm.base_model_prefix, None)):
@@ -80,7 +89,8 @@ class SiameseBody(nn.Module):
     """The two passes and the gate; called as the decoder is, it returns the mixed ``last_hidden_state``.
 
     ``base``, ``tuned``: forward of the decoder of either pass; ``off``: makes the block the base's. They are the LM's,
-    not children of this module. Hidden states and attentions of layers are those of the tuned pass.
+    not children of this module. Hidden states and attentions of layers are those of the tuned pass. ``stacked``: the
+    two terms of h are returned one after the other as a batch of 2B, for whoever has a head for each.
     """
 
     def __init__(
@@ -91,6 +101,7 @@ class SiameseBody(nn.Module):
         self._base, self._tuned, self.off, self._lm_config = base, tuned, off, lm_config
         self.config = config
         self.gate = Gate(like.shape[-1], config, like.device) if config.has_gate else None
+        self.stacked = config.mode == "logit_average"
         self.watch: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
     def forward(
@@ -101,9 +112,10 @@ class SiameseBody(nn.Module):
         cache = self._cache(past_key_values, use_cache)
         past = cache.get_seq_length() if cache is not None else 0
         given = {**kwargs, "attention_mask": attention_mask, "use_cache": cache is not None}
+        caches = (None, None) if cache is None else (cache.base, cache.tuned)
         with self.off(), torch.no_grad():
-            h = self._base(*args, past_key_values=cache and cache.base, **given).last_hidden_state
-        output = self._tuned(*args, past_key_values=cache and cache.tuned, **given)
+            h = self._base(*args, past_key_values=caches[0], **given).last_hidden_state
+        output = self._tuned(*args, past_key_values=caches[1], **given)
         mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
         query = None
         if self.config.mode == "full":
@@ -125,13 +137,17 @@ class SiameseBody(nn.Module):
         return SiameseCache(self._lm_config) if given is None and wanted else given
 
     def _mixed(self, base: Tensor, tuned: Tensor, query: Query | None) -> Tensor:
-        if self.gate is None:
-            if self.config.mode == "logit_average":  # after the head: SiameseForCausalLM
-                return torch.cat([base, tuned])
-            return mix(self.config.value, base, tuned)
-        gate = self.gate(base, tuned, None if query is None else query.mean())
-        if self.watch is not None:
-            self.watch(gate, base, tuned)
+        if self.config.mode == "logit_average":  # they are averaged after the head
+            return torch.cat([base, tuned])
+        gate: Tensor | float = self.config.value
+        if self.gate is not None:
+            gate = self.gate(base, tuned, None if query is None else query.mean())
+            if self.watch is not None:
+                self.watch(gate, base, tuned)
+        if self.stacked:
+            return torch.cat(
+                [mix(gate, base, torch.zeros_like(base)), mix(gate, torch.zeros_like(tuned), tuned)]
+            )
         return mix(gate, base, tuned)
 
 

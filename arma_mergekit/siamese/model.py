@@ -11,7 +11,7 @@ It knows live models; files are files.py's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arma_mergekit.errors import CheckpointError
 from arma_mergekit.siamese.body import SiameseBody, calling, find_decoder
 from arma_mergekit.siamese.cache import SiameseCache
 from arma_mergekit.siamese.config import SiameseConfig
@@ -33,7 +34,8 @@ IGNORED = -100  # label of what is not learned
 class SiameseForCausalLM(nn.Module):
     """A base and its fine-tuned self as one causal LM.
 
-    ``tuned``: a PeftModel, whose base is then the other side; or a causal LM, with ``base`` the other one.
+    ``tuned``: a PeftModel, whose base is then the other side; or a causal LM, with ``base`` the other one. If two
+    checkpoints have different heads, each term of h goes through its own: logits = W (g h_M) + W' ((1 - g) h_M').
     ``source``: what `files.Source` says of where they are, needed to save. The base is never trained. One call at a
     time: the passes share weights, so threads must wait for each other.
     """
@@ -57,6 +59,8 @@ class SiameseForCausalLM(nn.Module):
             decoder.forward, other.forward, off, self.lm.config, self.siamese_config, like
         )
         self._decoder = (decoder,)  # in a tuple: it is no child of its own
+        self._two_heads = base is not None and not _same_head(base, tuned)
+        self.body.stacked |= self._two_heads
 
     @classmethod
     def from_parts(
@@ -122,7 +126,7 @@ class SiameseForCausalLM(nn.Module):
         return module
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head both passes share."""
+        """The base's head."""
         module: nn.Module = self.lm.get_output_embeddings()
         return module
 
@@ -157,12 +161,11 @@ class SiameseForCausalLM(nn.Module):
             given["past_key_values"] = past_key_values
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             given["logits_to_keep"] = logits_to_keep
-        apart = self.siamese_config.mode == "logit_average"
-        if labels is not None and not apart:
+        if labels is not None and not self._averages:
             given["labels"] = labels
         with self._mixing(prompt_mask):
             output = self.lm(**given)
-        if labels is not None and apart:
+        if labels is not None and self._averages:
             output["loss"] = self.lm.loss_function(output.logits, labels, vocab_size=output.logits.shape[-1])
         return output
 
@@ -241,24 +244,54 @@ class SiameseForCausalLM(nn.Module):
     @contextlib.contextmanager
     def _mixing(self, prompt_mask: Tensor | None) -> Iterator[None]:
         """Within the block, the causal LM's decoder is the two passes and the gate."""
-        with calling(self._decoder[0], partial(self.body, prompt_mask=prompt_mask)), self._averaging():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(calling(self._decoder[0], partial(self.body, prompt_mask=prompt_mask)))
+            if self._two_heads:
+                head = self.lm.get_output_embeddings()
+                stack.enter_context(calling(head, partial(self._both_heads, head.forward)))
+            if self._averages:
+                handle = self.lm.register_forward_hook(self._average)
+                stack.callback(handle.remove)
             yield
 
-    @contextlib.contextmanager
-    def _averaging(self) -> Iterator[None]:
-        """In mode logit_average, the head sees both passes as one batch, and its logits are averaged."""
-        if self.siamese_config.mode != "logit_average":
-            yield
-            return
-        handle = self.lm.register_forward_hook(self._average)
-        try:
-            yield
-        finally:
-            handle.remove()
+    @property
+    def _averages(self) -> bool:
+        """Whether the passes go through the head one by one, as a batch of both."""
+        return self.siamese_config.mode == "logit_average"
 
     def _average(self, _: nn.Module, __: Any, output: Any) -> Any:
         output.logits = mix(self.siamese_config.value, *output.logits.chunk(2))
         return output
+
+    def _both_heads(self, head: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+        """Logits of both terms of h (2B, T, d), each through its own head; the sum of the terms, if they are terms."""
+        first, second = h.chunk(2)
+        other = self.tuned.get_output_embeddings()
+        if self._averages:
+            return torch.cat([head(first), other(second)])
+        return head(first) + nn.functional.linear(second, other.weight)
+
+
+def _same_head(base: Any, tuned: Any) -> bool:
+    """Whether one head serves both; CheckpointError if two cannot be added up."""
+    heads = [lm.get_output_embeddings() for lm in (base, tuned)]
+    one, other = heads
+    if not all(type(head) is nn.Linear for head in heads) or one.weight.shape != other.weight.shape:
+        raise CheckpointError(
+            f"The heads of the two checkpoints ({', '.join(_described(head) for head in heads)}) cannot be added up; "
+            "train an adapter instead."
+        )
+    if (one.bias is None) != (other.bias is None) or not (
+        one.bias is None or torch.equal(one.bias, other.bias)
+    ):
+        raise CheckpointError(
+            "The heads of the two checkpoints have different biases; train an adapter instead."
+        )
+    return torch.equal(one.weight, other.weight)
+
+
+def _described(head: nn.Module) -> str:
+    return f"{type(head).__name__} {tuple(getattr(head, 'weight', torch.empty(0)).shape)}"
 
 
 def before_answer(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -12,22 +12,34 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+
+from arma_mergekit.errors import CheckpointError
 
 __all__ = ["Switch"]
 
 FLAG = "_disable_adapters"  # what both kinds of PEFT's layers look at in forward
 
 
+KINDS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
 class Switch:
-    """The adapted layers of a model, as they are now."""
+    """The adapted layers of a PeftModel, as they are now; CheckpointError if there are none, or the head is one."""
 
-    def __init__(self, model: nn.Module) -> None:
-        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        self._layers: list[dict[str, Any]] = [vars(m) for m in model.modules() if isinstance(m, kinds)]
-
-    def __len__(self) -> int:
-        return len(self._layers)
+    def __init__(self, model: Any) -> None:
+        self._layers: list[dict[str, Any]] = [vars(m) for m in model.modules() if isinstance(m, KINDS)]
+        kind = "/".join(
+            sorted(getattr(c.peft_type, "value", str(c.peft_type)) for c in model.peft_config.values())
+        )
+        if not self._layers:
+            raise CheckpointError(
+                f"A {kind} adapter adds tokens or attention to no layer of its own, so it cannot be switched off "
+                "between two passes; take one that adapts layers, such as LORA."
+            )
+        if isinstance(model.get_base_model().get_output_embeddings(), KINDS):
+            raise CheckpointError(
+                f"The {kind} adapter changes the head, but both passes must share it; train one that leaves it alone."
+            )
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
