@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from arma_mergekit.live import LiveModel
 
-__all__ = ["Loaded", "load_live", "load_tokenizer"]
+__all__ = ["Loaded", "build_model", "load_live", "load_tokenizer", "open_tokenizer"]
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 DTYPES = ("bfloat16", "float16", "float32", "float64")  # torch's names of the same
@@ -89,9 +89,13 @@ def load_live(recipe: Recipe, device: str | None = None) -> Loaded:
 
 def load_tokenizer(recipe: Recipe) -> Any:
     """The base model's tokenizer; no remote code."""
+    return open_tokenizer(open_model(recipe.base_model).path)
+
+
+def open_tokenizer(path: Path) -> Any:
+    """The tokenizer in a model's directory; CheckpointError if it has none that knows words."""
     from transformers import AutoTokenizer
 
-    path = open_model(recipe.base_model).path
     remedy = "copy the tokenizer's files from the model it was trained from"
     with readable(f"The tokenizer of {path}", remedy):
         tokenizer = AutoTokenizer.from_pretrained(str(path), **LOCAL)

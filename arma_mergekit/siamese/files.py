@@ -28,7 +28,7 @@ from arma_mergekit.checkpoint.lowrank import CONFIG, shortened, tensors_in
 from arma_mergekit.checkpoint.model import some
 from arma_mergekit.digest import DigestMemo
 from arma_mergekit.errors import CheckpointError, InputError, RunError, unknown
-from arma_mergekit.load import as_dtype, build_model, is_finite, readable
+from arma_mergekit.load import as_dtype, build_model, is_finite, open_tokenizer, readable
 from arma_mergekit.siamese.config import SiameseConfig
 from arma_mergekit.whole import write_whole
 
@@ -41,6 +41,7 @@ __all__ = [
     "from_pretrained",
     "load_adapter",
     "save_pretrained",
+    "tokenizer_of",
 ]
 
 GATE = "gate.safetensors"
@@ -165,6 +166,13 @@ def save_pretrained(model: Any, path: Path) -> None:
         **({} if source.second is None else {"second": source.second.to_json()}),
     }
     write_whole({path / SIAMESE: json.dumps(record, indent=2) + "\n"})
+
+
+def tokenizer_of(model: Any) -> Any:
+    """See `SiameseForCausalLM.tokenizer`."""
+    if model.source is None:
+        raise RunError("A siamese model that was not made of files has no tokenizer; load that of its base.")
+    return open_tokenizer(_plain(model.source.base.ref).path)
 
 
 def load_adapter(lm: Any, path: Path, trainable: bool = False) -> Any:

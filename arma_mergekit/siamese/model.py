@@ -130,6 +130,12 @@ class SiameseForCausalLM(nn.Module):
         module: nn.Module = self.lm.get_output_embeddings()
         return module
 
+    def tokenizer(self) -> Any:
+        """The base's, if it was made of files."""
+        from arma_mergekit.siamese.files import tokenizer_of
+
+        return tokenizer_of(self)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
