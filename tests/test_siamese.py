@@ -1,5 +1,6 @@
 """The siamese model: exact at its ends, the same with and without a cache, and what it is saved as."""
 
+import copy
 import json
 import re
 import subprocess
@@ -22,7 +23,6 @@ from arma_mergekit.siamese.gate import Gate, mix
 # PEFT 0.21 asks transformers for what it renamed
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
 ]
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -226,6 +226,14 @@ def test_decoding_with_a_cache_says_the_same_as_without(name, options):
     assert not torch.equal(said, ends["base"]) or not torch.equal(said, ends["tuned"])
 
 
+def test_a_generation_config_is_obeyed_by_position_as_in_transformers():
+    model = made()
+    asked = transformers.GenerationConfig(max_new_tokens=3, use_cache=False, return_dict_in_generate=True)
+    said = model.generate(WORDS, asked)
+    assert said.sequences.shape[1] == WORDS.shape[1] + 3
+    assert said.past_key_values is None
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_a_prompt_says_the_same_alone_and_padded_in_a_batch(options):
     model, short = made(), WORDS[:, 3:]
@@ -252,9 +260,11 @@ def test_the_cache_of_one_answer_goes_on_into_the_next_as_if_from_nothing():
     first = generate(model, return_dict_in_generate=True)
     assert isinstance(first.past_key_values, SiameseCache)
     more = torch.cat([first.sequences, torch.tensor([[7, 7, 3]])], 1)
-    given = {"ids": more, "attention_mask": torch.ones_like(more)}
-    said = generate(model, past_key_values=first.past_key_values, **given)
-    assert torch.equal(said, generate(model, **given))
+    given = {"ids": more, "attention_mask": torch.ones_like(more), "output_logits": True}
+    said = generate(model, past_key_values=first.past_key_values, return_dict_in_generate=True, **given)
+    anew = generate(model, return_dict_in_generate=True, **given)
+    assert torch.equal(said.sequences, anew.sequences)
+    torch.testing.assert_close(said.logits, anew.logits)
 
 
 def test_the_prompt_may_be_read_in_chunks():
@@ -321,6 +331,8 @@ def test_an_empty_prompt_and_a_foreign_cache_are_refused():
     with pytest.raises(ValueError, match="at least one token in every row"):
         model(WORDS, prompt_mask=torch.zeros(1, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="must be a SiameseCache"):
+        generate(model, past_key_values=transformers.DynamicCache())
+    with pytest.raises(ValueError, match="must be a SiameseCache"):
         model(WORDS, past_key_values=transformers.DynamicCache(), use_cache=True)
 
 
@@ -372,6 +384,29 @@ def test_adapters_that_cannot_be_switched_off_are_refused_by_name():
     head = get_peft_model(family("llama"), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     with pytest.raises(CheckpointError, match="LORA adapter changes the head"):
         SiameseForCausalLM(head)
+
+
+def test_a_deep_copy_switches_its_own_adapter():
+    model = made()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.tuned.parameters():
+            parameter.mul_(1.5)
+        expected = model(WORDS).logits
+        assert not torch.equal(copied(WORDS).logits, expected)
+        base, tuned = sides(copied, input_ids=WORDS)
+        assert not torch.equal(base, tuned)
+        assert torch.equal(model(WORDS).logits, expected)
+
+
+def test_there_is_one_copy_of_the_weights_and_two_caches():
+    model = made()
+    plain = sum(p.numel() for p in adapted(family("llama")).parameters())
+    assert sum(p.numel() for p in model.parameters()) == plain + 5 * 32 * 8
+    both = model(WORDS, use_cache=True).past_key_values
+    one = model.lm(WORDS, use_cache=True).past_key_values
+    sizes = [sum(layer.keys.numel() for layer in cache.layers) for cache in (both, one)]
+    assert sizes[0] == 2 * sizes[1]
 
 
 # ---- training ----
@@ -492,6 +527,27 @@ def test_a_saved_model_has_the_same_logits_bit_for_bit_in_another_process(parts,
     with torch.no_grad():
         expected = model(torch.tensor([[5, 9, 14, 33]])).logits
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
+
+
+def test_dtype_and_device_map_are_those_asked_for(parts):
+    where = {"dtype": torch.float32, "device_map": {"": "cpu"}}
+    model = SiameseForCausalLM.from_parts(str(parts / "base"), str(parts / "adapter"), **where)
+    assert model.dtype == model.lm.lm_head.weight.dtype == torch.float32
+    assert generate(model).shape == (1, 19)
+
+
+def test_a_decoder_with_accelerates_hooks_keeps_them():
+    """What device_map puts on modules: a forward of their own."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    expected, lm = made()(WORDS).logits, family("llama")
+    tuned = adapted(lm)
+    add_hook_to_module(lm.model, AlignDevicesHook(io_same_device=True))
+    hooked = lm.model.forward
+    model = SiameseForCausalLM(tuned).eval()
+    model.body.gate.load_state_dict(made().body.gate.state_dict())
+    assert torch.equal(model(WORDS).logits, expected)
+    assert lm.model.forward is hooked
 
 
 @pytest.mark.parametrize("mode", ["no_query", "hidden_average"])

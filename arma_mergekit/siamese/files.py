@@ -152,7 +152,7 @@ def save_pretrained(model: Any, path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     (path / SIAMESE).unlink(missing_ok=True)
     if source.second is None:
-        model.tuned.save_pretrained(str(path / ADAPTER))
+        model.tuned.save_pretrained(str(path / ADAPTER), save_embedding_layers=False)
         (path / ADAPTER / "README.md").unlink(missing_ok=True)  # PEFT's card of blanks
     if model.body.gate is not None:
         tensors = {name: p.detach().cpu().contiguous() for name, p in model.body.gate.named_parameters()}
@@ -185,7 +185,7 @@ def load_adapter(lm: Any, path: Path, trainable: bool = False) -> Any:
     _, stored = tensors_in(path)
     with readable(f"The adapter {path}", "is it an adapter of another base?"):
         model = PeftModel.from_pretrained(lm, str(path), is_trainable=trainable)
-    wanted = set(get_peft_model_state_dict(model))
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if wanted != set(stored):
         raise CheckpointError(
             f"{path} has other tensors than its config asks for ({some(wanted ^ set(stored))}); is it of another base?"
