@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from arma_mergekit.live import LiveModel
 
-__all__ = ["Loaded", "adapted", "load_live", "load_tokenizer"]
+__all__ = ["Loaded", "adapted", "build_model", "load_live", "load_tokenizer", "open_tokenizer"]
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 DTYPES = ("bfloat16", "float16", "float32", "float64")  # torch's names of the same
@@ -103,9 +103,13 @@ def adapted(model: Any, config: Any, name: str) -> Any:
 
 def load_tokenizer(recipe: Recipe) -> Any:
     """The base model's tokenizer; no remote code."""
+    return open_tokenizer(open_model(recipe.base_model).path)
+
+
+def open_tokenizer(path: Path) -> Any:
+    """The tokenizer in a model's directory; CheckpointError if it has none that knows words."""
     from transformers import AutoTokenizer
 
-    path = open_model(recipe.base_model).path
     remedy = "copy the tokenizer's files from the model it was trained from"
     with readable(f"The tokenizer of {path}", remedy):
         tokenizer = AutoTokenizer.from_pretrained(str(path), **LOCAL)
@@ -145,8 +149,8 @@ def unreported() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def build_model(path: Path, dtype: torch.dtype) -> Any:
-    """The model in a directory, every parameter from its files."""
+def build_model(path: Path, dtype: torch.dtype, device_map: Any = None) -> Any:
+    """The model in a directory, every parameter from its files; ``device_map``: transformers'."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     remedy = "correct its config.json, or update transformers if the model is newer"
@@ -159,7 +163,7 @@ def build_model(path: Path, dtype: torch.dtype) -> Any:
             )
         model, report = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
-            **LOCAL,
+            device_map=device_map, **LOCAL,
         )  # fmt: skip
     check_complete(path, report)
     check_tied(path, model)

@@ -20,12 +20,12 @@ def command(model: str, out: Path) -> None:
     from arma_mergekit.cli.tune import quiet_libraries
 
     quiet_libraries()
-    from arma_mergekit.checkpoint import ModelReference
+    from arma_mergekit.checkpoint import ModelReference, open_model
     from arma_mergekit.continual.curlora import save_as_lora
     from arma_mergekit.errors import RunError
     from arma_mergekit.finetune import load_adapted
 
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out} is not empty; name another directory.")
-    save_as_lora(out, load_adapted(model, "curlora"))
+    save_as_lora(out, load_adapted(open_model(model), "curlora"))
     click.echo(f"{out}: a LoRA adapter. In a recipe: `model: {ModelReference.parse(model).model}+{out}`.")

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -208,6 +209,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # PEFT 0.21 asks transformers for what it renamed
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing", FutureWarning)
 
 
 def engine_maker(name: str, workers: int | None, address: str | None) -> MakeEngine | None:
