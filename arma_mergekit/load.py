@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from arma_mergekit.live import LiveModel
 
-__all__ = ["Loaded", "load_live", "load_tokenizer"]
+__all__ = ["Loaded", "load_live", "load_model", "load_tokenizer", "tokenizer_of"]
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 DTYPES = ("bfloat16", "float16", "float32", "float64")  # torch's names of the same
@@ -87,11 +87,29 @@ def load_live(recipe: Recipe, device: str | None = None) -> Loaded:
     )
 
 
+def load_model(ref: str, device: str | None = None) -> Any:
+    """The one model of a reference, frozen, an adapter folded in; CheckpointError as in `load_live`."""
+    import torch
+
+    checkpoint = open_model(ref)
+    dtype = as_dtype(None, checkpoint)
+    model = build_model(checkpoint.path, dtype)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        owners, _ = assign(checkpoint.factors, model)
+        write(model, {p: read_finite(checkpoint, n, model.device, dtype) for n, p in owners.items()})
+    return model.eval().requires_grad_(False)
+
+
 def load_tokenizer(recipe: Recipe) -> Any:
     """The base model's tokenizer; no remote code."""
+    return tokenizer_of(open_model(recipe.base_model).path)
+
+
+def tokenizer_of(path: Path) -> Any:
+    """The tokenizer in a model's directory; no remote code."""
     from transformers import AutoTokenizer
 
-    path = open_model(recipe.base_model).path
     remedy = "copy the tokenizer's files from the model it was trained from"
     with readable(f"The tokenizer of {path}", remedy):
         tokenizer = AutoTokenizer.from_pretrained(str(path), **LOCAL)

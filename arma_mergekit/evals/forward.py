@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from arma_mergekit.decode import stops
+
 if TYPE_CHECKING:
     from arma_mergekit.evals.rows import Row
 
@@ -122,8 +124,7 @@ class CausalLM:
     @property
     def stops(self) -> set[int]:
         """Tokens that end a text, by the model's generation settings."""
-        ends = getattr(getattr(self.module, "generation_config", None), "eos_token_id", None)
-        return {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
+        return stops(self.module)
 
     @property
     def vocabulary(self) -> int:
