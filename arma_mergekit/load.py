@@ -149,8 +149,8 @@ def unreported() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def build_model(path: Path, dtype: torch.dtype) -> Any:
-    """The model in a directory, every parameter from its files."""
+def build_model(path: Path, dtype: torch.dtype, device_map: Any = None) -> Any:
+    """The model in a directory, every parameter from its files; ``device_map``: transformers'."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     remedy = "correct its config.json, or update transformers if the model is newer"
@@ -163,7 +163,7 @@ def build_model(path: Path, dtype: torch.dtype) -> Any:
             )
         model, report = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
-            **LOCAL,
+            device_map=device_map, **LOCAL,
         )  # fmt: skip
     check_complete(path, report)
     check_tied(path, model)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from arma_mergekit.checkpoint import curlora, lora
 from arma_mergekit.checkpoint.header import TensorInfo, read_json
-from arma_mergekit.checkpoint.locate import ModelReference, contained, locate, readable
+from arma_mergekit.checkpoint.locate import ModelReference, contained, locate, readable, refuse_siamese
 from arma_mergekit.checkpoint.lowrank import CONFIG, REMEDY, Factors, Product, shortened
 from arma_mergekit.checkpoint.model import Checkpoint
 from arma_mergekit.errors import CheckpointError
@@ -78,6 +78,7 @@ def _factors(path: Path, base: Checkpoint) -> Mapping[str, Factors]:
     """What the adapter adds, by names of weights, in the format that its config names."""
     file = contained(path, CONFIG)
     if not file.is_file():
+        refuse_siamese(path)
         raise CheckpointError(f"{path} has no {CONFIG}; name a directory that PEFT saved an adapter into.")
     config = read_json(file)
     kind = config.get("peft_type")

@@ -18,8 +18,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from arma_mergekit.errors import CheckpointError
 
-__all__ = ["ModelReference", "contained", "locate", "readable"]
+__all__ = ["SIAMESE", "ModelReference", "contained", "locate", "readable", "refuse_siamese"]
 
+SIAMESE = "siamese.json"  # what makes a directory a siamese model
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -111,3 +112,14 @@ def contained(directory: Path, name: str) -> Path:
     ):
         return file
     raise CheckpointError(f"{file} is a link to {real}, outside the model; put the file itself in its place.")
+
+
+def refuse_siamese(path: Path) -> None:
+    """CheckpointError if the directory holds a siamese model, which no checkpoint is equal to."""
+    if (path / SIAMESE).is_file():
+        own = path / "adapter"
+        part = f"; its adapter alone can be, as base+{own}" if own.is_dir() else ""
+        raise CheckpointError(
+            f"{path} is a siamese model: a gate decides between its two passes anew for every token, so it cannot be "
+            f"merged or exported as one checkpoint{part}."
+        )

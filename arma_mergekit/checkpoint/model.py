@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arma_mergekit.checkpoint.header import TensorInfo, read_header, read_json
-from arma_mergekit.checkpoint.locate import ModelReference, contained, locate, readable
+from arma_mergekit.checkpoint.locate import ModelReference, contained, locate, readable, refuse_siamese
 from arma_mergekit.errors import CheckpointError
 
 __all__ = ["Checkpoint", "read_tensor", "some", "tensors_of"]
@@ -121,6 +121,7 @@ def _existing(path: Path, name: str) -> Path:
             f"{path} holds only pickled weights ({pickles[0]}), which run code when opened and so never are; "
             "convert them to safetensors (save_pretrained of a trusted copy)."
         )
+    refuse_siamese(path)
     wanted = f"{SINGLE} or {INDEX}" if name == SINGLE else name
     raise CheckpointError(f"{path} has no {wanted}; name a directory with a whole model.")
 

@@ -15,7 +15,8 @@ from arma_mergekit.cli.tune import quiet_libraries
 __all__ = ["command"]
 
 EVERY_PLAIN = 10.0  # seconds between two lines where nobody watches
-METHODS = ("curlora", "lora", "full")
+METHODS = ("curlora", "lora", "siamese", "full")
+MODES = ("full", "no_query", "hidden_average", "logit_average")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,12 +25,18 @@ METHODS = ("curlora", "lora", "full")
 @click.option("--method", type=click.Choice(METHODS), required=True, help="What is trained.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the result.")
 @click.option("--rank", type=click.IntRange(1), help="Rank of the adapter.  [default: 16]")
-@click.option("--alpha", type=float, help="Its scale.  [default: curlora 1, lora 32]")
+@click.option("--alpha", type=float, help="Its scale.  [default: curlora 1, lora 32, siamese 16]")
 @click.option(
     "--target", "targets", multiple=True, metavar="NAME",
-    help="Module to adapt, again for each.  [default: curlora q, k, v; lora all linear]",
+    help="Module to adapt, again for each.  [default: curlora q, k, v; others all linear]",
 )  # fmt: skip
-@click.option("--lr", type=float, help="Learning rate.  [default: curlora 2.5e-4, lora 2e-4, full 2e-5]")
+@click.option(
+    "--lr", type=float, help="Learning rate.  [default: curlora 2.5e-4, lora 2e-4, siamese 3e-4, full 2e-5]"
+)
+@click.option("--joint", is_flag=True, help="siamese: train the adapter of BASE too, not the gate alone.")
+@click.option("--mode", type=click.Choice(MODES), help="siamese: how the passes are mixed.  [default: full]")
+@click.option("--gate-rank", type=click.IntRange(1), help="siamese: rank of the gate.  [default: 8]")
+@click.option("--gate-lr", type=float, help="siamese: learning rate of the gate.  [default: 1e-3]")
 @click.option(
     "--epochs",
     type=click.FloatRange(0, min_open=True),
@@ -53,18 +60,27 @@ METHODS = ("curlora", "lora", "full")
     help="Steps between two points to resume from.",
 )
 @click.option("--quiet", is_flag=True, help="Print errors only.")
-def command(base: str, data: Path, out: Path, steps: int | None, quiet: bool, **options: Any) -> None:
+def command(
+    base: str, data: Path, out: Path, steps: int | None, joint: bool, mode: str | None, gate_rank: int | None,
+    gate_lr: float | None, quiet: bool, **options: Any,
+) -> None:  # fmt: skip
     """Fine-tune BASE on DATA (JSONL, parquet or .txt) into OUT.
 
     Records hold prompt and answer (the answer is learned), messages (what the assistant says is learned), or text. BASE
     may be model+adapter: then that adapter is trained further. The same command goes on where an interrupted one
     stopped.
+
+    Method siamese trains a gate that decides token by token between BASE and its adapter: of model+adapter the gate
+    alone, else with a new adapter.
     """
     quiet_libraries()
-    from arma_mergekit.finetune import Settings, finetune
+    from arma_mergekit.finetune import GateSettings, Settings, finetune
 
+    asked = {"mode": mode, "rank": gate_rank, "lr": gate_lr, "joint": joint or None}
+    given = {name: value for name, value in asked.items() if value is not None}
+    gate = GateSettings(**given) if given else None
     show = Progress(quiet)
-    record = finetune(Settings(base, data, steps=steps or 0, **options), out, show)
+    record = finetune(Settings(base, data, steps=steps or 0, gate=gate, **options), out, show)
     if not quiet:
         click.echo(described(record, base, out))
 
@@ -118,8 +134,10 @@ def described(record: Mapping[str, Any], base: str, out: Path) -> str:
     """How it went, and how a recipe names the result."""
     result, method = record["result"], record["settings"]["method"]
     model = str(out) if method == "full" else f"{base.partition('+')[0]}+{out}"
+    ending = f"In a recipe: `model: {model}`. What was forgotten: arma sweep or arma tune."
+    if method == "siamese":
+        ending = f"It decodes with two passes and cannot be merged. What the gate does: arma inspect {out} --text FILE."
     return (
         f"{out}: loss {result['loss_first']:.3f} -> {result['loss_last']:.3f} on what was trained on, in "
-        f"{result['steps']} steps of {result['seconds_per_step']:.2f} s.\n"
-        f"In a recipe: `model: {model}`. What was forgotten: arma sweep or arma tune."
+        f"{result['steps']} steps of {result['seconds_per_step']:.2f} s.\n{ending}"
     )
