@@ -5,10 +5,12 @@ It knows what can be named on the command line, models, tokenizers and texts; no
     source     voices
     recipe     base, finetuned, merged (its alphas), and the models it compares with
     run        the same of its tuned.yml; one-knob and picks of the front by the names of their recipes
-    model      base and finetuned of base+adapter; any other is alone, as `model`
+    model      base and finetuned of base+adapter; base, finetuned and siamese of a siamese directory; any other is
+               alone, as `model`
 
 Voices of one pair of models share what they can: base and fine-tuned weights stay mapped files, and a merge has
-memory of its own only for tensors that are neither (on a GPU, each has its own).
+memory of its own only for tensors that are neither (on a GPU, each has its own). The three of a siamese directory are
+one model.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from arma_mergekit.recipe import Recipe
 __all__ = ["Answer", "Cast", "Settings", "Voice", "open_cast"]
 
 HALF = "\ufffd"  # what a tokenizer says for bytes that are no whole character yet
+SIDES = {"base": "base", "finetuned": "tuned", "siamese": None}  # voice to side; None: both, mixed
 NO_ALPHA = "give it alphas, or find them with `arma-tune` and name its run"
 
 
@@ -80,6 +83,23 @@ class Answer:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+class Side:
+    """Base or fine-tuned side of a siamese model, called as the causal LM that it is."""
+
+    def __init__(self, siamese: Any, side: str) -> None:
+        self._siamese, self._side = siamese, side
+        self.config, self.generation_config = siamese.config, siamese.generation_config
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Forward pass of this side alone."""
+        with self._siamese.only(self._side) as model:
+            return model(**inputs)
+
+    def parameters(self) -> Iterator[Any]:
+        """Those of the siamese model."""
+        yield from self._siamese.parameters()
+
+
 @dataclass
 class Voice:
     """A model that answers, and what was said: (prompt, answer) by turn."""
@@ -122,29 +142,37 @@ class Cast:
     """Voices that a source offers; nothing is loaded.
 
     ``recipe``: of the pair of models; ``alphas``: name to the alphas of a voice of that pair, one for all tensors or by
-    tensor; ``others``: name to any other model; ``missing``: why the pair has no merge.
+    tensor; ``others``: name to any other model; ``siamese``: one whose sides speak too, by `SIDES`; ``missing``: why
+    the pair has no merge.
     """
 
     recipe: Recipe | None = None
     alphas: Mapping[str, float | Mapping[str, float]] = field(default_factory=dict)
     others: Mapping[str, Named] = field(default_factory=dict)
     extra: tuple[str, ...] = ()
+    siamese: Named | None = None
     missing: str = ""
 
     @property
     def usual(self) -> tuple[str, ...]:
         """Those that speak unless others are asked for."""
-        return tuple(name for name in (*self.alphas, *self.others) if name not in self.extra)
+        return tuple(name for name in self.known if name not in self.extra)
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.alphas, *(SIDES if self.siamese else ()), *self.others)
 
     def load(self, wanted: Sequence[str]) -> list[Voice]:
         """These voices, in this order; UsageError for an unknown name."""
         for name in wanted:
             if name == "merged" and self.missing:
                 raise RecipeError(self.missing)
-            if name not in (*self.alphas, *self.others):
-                told = unknown("voice", name, (*self.alphas, *self.others))
+            if name not in self.known:
+                told = unknown("voice", name, self.known)
                 raise UsageError(f"--compare: {told} Any other model as NAME=MODEL.")
-        found = {voice.name: voice for voice in self._pair([name for name in wanted if name in self.alphas])}
+        pair, sides = ([name for name in wanted if name in names] for names in (self.alphas, SIDES))
+        found = {voice.name: voice for voice in (*self._pair(pair), *self._sides(sides))}
         for name in wanted:
             if name in self.others:
                 found[name] = Voice(name, self.others[name].load(), self.others[name].tokenizer())
@@ -159,6 +187,15 @@ class Cast:
             given = self.alphas[name]
             alphas = [given[t] if isinstance(given, Mapping) else given for t in loaded.tensors]
             yield Voice(name, loaded.live.at(alphas), tokenizer)
+
+    def _sides(self, wanted: Sequence[str]) -> Iterator[Voice]:
+        """Voices of the siamese model."""
+        if not wanted or self.siamese is None:
+            return
+        tokenizer, model = self.siamese.tokenizer(), self.siamese.load()
+        for name in wanted:
+            side = SIDES[name]
+            yield Voice(name, model if side is None else Side(model, side), tokenizer)
 
 
 def pair_tokenizer(recipe: Recipe) -> Any:
@@ -181,6 +218,8 @@ def open_cast(source: str, others: Mapping[str, str]) -> Cast:
     if (path / "tuned.yml").is_file():
         return _of_run(path, named)
     alone = open_named(source)
+    if alone.kind == "siamese":
+        return Cast(others=named, siamese=alone)
     if alone.kind == "adapter":
         models = {"base_model": source.partition("+")[0], "models": [{"model": source}]}
         return Cast(

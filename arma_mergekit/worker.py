@@ -17,8 +17,8 @@ import numpy.typing as npt
 from arma_mergekit import __version__
 from arma_mergekit.checkpoint import Checkpoint, open_model
 from arma_mergekit.decode import Footprint, footprints
-from arma_mergekit.errors import CheckpointError, DataError
-from arma_mergekit.evals import make_suites
+from arma_mergekit.errors import CheckpointError, DataError, RecipeError
+from arma_mergekit.evals import REGULARIZER, make_suites
 from arma_mergekit.evals.base import Measured, Part, Split, Task
 from arma_mergekit.load import load_live, load_tokenizer
 from arma_mergekit.models import Named, open_named
@@ -121,6 +121,7 @@ class Worker:
         made = make_suites(recipe, suites, tokenizer, **limits)
         self.tasks: dict[str, Task] = {f"{suite}/{t.name}": t for suite, tasks in made.items() for t in tasks}
         self.splits = {key: Split(task.ids, recipe.tune.holdout) for key, task in self.tasks.items()}
+        check_tasks(self.tasks, self.compared)
         self.cache = cache
         if cache is not None:
             cache.describe(arithmetic())
@@ -221,6 +222,20 @@ def check_compared(name: str, named: Named, base: Checkpoint, tokenizer: Any) ->
         raise CheckpointError(
             f"compare: {name} ({named.ref}) has another vocabulary than the base, so its scores would be of other "
             "tokens; only models of one tokenizer can be compared."
+        )
+
+
+def check_tasks(tasks: Mapping[str, Task], compared: Mapping[str, Named]) -> None:
+    """RecipeError for a task that makes no sense for a model it would be asked of."""
+    from arma_mergekit.evals.divergence import DivergenceTask
+
+    counted = {key: task for key, task in tasks.items() if not key.startswith(f"{REGULARIZER}/")}
+    attentive = [key for key, task in counted.items() if isinstance(task, DivergenceTask)]
+    blind = [name for name, named in compared.items() if named.kind == "siamese"]
+    if attentive and blind:
+        raise RecipeError(
+            f"Task {attentive[0]} compares attention, of which the siamese model {blind[0]} has two; leave the task or "
+            "the model out."
         )
 
 

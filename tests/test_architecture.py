@@ -20,8 +20,10 @@ LAYERS = (
     ("recipe", "plan", "live", "decode", "evals"),
     ("merge", "method"),
     ("executor",),
-    ("export", "load", "scoring", "verdict", "fingerprint", "cache", "models", "worker", "engines"),
-    ("arms", "tune", "averaging", "difference", "continual", "siamese"),
+    ("export", "load", "scoring", "verdict", "fingerprint", "cache"),
+    ("averaging", "difference", "continual", "siamese", "models"),
+    ("worker", "engines"),
+    ("arms", "tune"),
     ("plugin", "report", "evaluation", "card", "results", "run", "ci", "gate", "finetune", "chat"),
     ("cli", "mergekit_yaml", "__main__"),
 )

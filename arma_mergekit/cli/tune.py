@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -210,10 +211,13 @@ def publish(publisher: Publisher, summary: Mapping[str, Any], out: Path) -> int:
 
 
 def quiet_libraries() -> None:
-    """Before torch is imported: idle OpenMP threads that spin cost more than they give on few cores."""
+    """Before torch is imported: idle OpenMP threads that spin cost more than they give on few cores; and no chatter."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings(
+        "ignore", module=r"(transformers|peft)\b"
+    )  # about each other, for their developers
 
 
 def engine_maker(name: str, workers: int | None, address: str | None) -> MakeEngine | None:
