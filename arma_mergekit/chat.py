@@ -26,7 +26,7 @@ from typing import Any
 from arma_mergekit.checkpoint import open_model
 from arma_mergekit.decode import Decoder, stops
 from arma_mergekit.errors import CheckpointError, RecipeError, RunError, UsageError, unknown
-from arma_mergekit.load import load_live, load_tokenizer, max_positions, tokenizer_of
+from arma_mergekit.load import load_live, load_tokenizer, max_positions, open_tokenizer
 from arma_mergekit.models import Named, open_named
 from arma_mergekit.plan import plan
 from arma_mergekit.recipe import Recipe
@@ -205,7 +205,7 @@ def pair_tokenizer(recipe: Recipe) -> Any:
         with contextlib.suppress(
             CheckpointError
         ):  # a fine-tuned model without a tokenizer has no template either
-            tuned = tokenizer_of(open_model(recipe.finetuned[0].model).path)
+            tuned = open_tokenizer(open_model(recipe.finetuned[0].model).path)
             tokenizer.chat_template = tuned.chat_template
     return tokenizer
 

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
     from arma_mergekit.live import LiveModel
 
-__all__ = ["Loaded", "default_device", "load_live", "load_model", "load_tokenizer", "tokenizer_of"]
+__all__ = [
+    "Loaded",
+    "build_model",
+    "default_device",
+    "load_live",
+    "load_model",
+    "load_tokenizer",
+    "open_tokenizer",
+]
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 DTYPES = ("bfloat16", "float16", "float32", "float64")  # torch's names of the same
@@ -106,11 +114,11 @@ def default_device() -> str:
 
 def load_tokenizer(recipe: Recipe) -> Any:
     """The base model's tokenizer; no remote code."""
-    return tokenizer_of(open_model(recipe.base_model).path)
+    return open_tokenizer(open_model(recipe.base_model).path)
 
 
-def tokenizer_of(path: Path) -> Any:
-    """The tokenizer in a model's directory; no remote code."""
+def open_tokenizer(path: Path) -> Any:
+    """The tokenizer in a model's directory; CheckpointError if it has none that knows words."""
     from transformers import AutoTokenizer
 
     remedy = "copy the tokenizer's files from the model it was trained from"

@@ -13,7 +13,7 @@ from arma_mergekit.checkpoint import AdaptedCheckpoint, Checkpoint, ModelReferen
 from arma_mergekit.checkpoint.header import read_json
 from arma_mergekit.checkpoint.locate import SIAMESE, locate
 from arma_mergekit.errors import CheckpointError
-from arma_mergekit.load import default_device, load_model, tokenizer_of
+from arma_mergekit.load import default_device, load_model, open_tokenizer
 
 __all__ = ["Named", "open_named"]
 
@@ -42,7 +42,7 @@ class Named:
 
     def tokenizer(self) -> Any:
         """Its tokenizer; CheckpointError if it has none."""
-        return tokenizer_of(self.checkpoint.path)
+        return open_tokenizer(self.checkpoint.path)
 
 
 def open_named(ref: str) -> Named:

@@ -1,23 +1,28 @@
 """The siamese model: exact at its ends, the same with and without a cache, and what it is saved as."""
 
+import copy
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+import toy
 import transformers
 from safetensors.torch import load_file, save_file
 
 from arma_mergekit.continual.curlora import CURLoRAConfig
-from arma_mergekit.errors import CheckpointError, InputError, RunError
+from arma_mergekit.errors import ArmaError, CheckpointError, InputError, RunError
+from arma_mergekit.evals.rows import Row
+from arma_mergekit.report.siamese import conclusion
 from arma_mergekit.siamese import SiameseCache, SiameseConfig, SiameseForCausalLM, before_answer
+from arma_mergekit.siamese.diagnose import diagnose
 from arma_mergekit.siamese.gate import Gate, mix
 
 # PEFT 0.21 asks transformers for what it renamed
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
 ]
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -183,10 +188,8 @@ def test_any_adapter_that_can_be_switched_off_will_do(kind):
 
 
 def test_two_checkpoints_with_heads_of_their_own_are_exact_at_both_ends_too():
-    base, tuned = family("llama"), family("llama")
+    base, tuned = family("llama"), moved(family("llama"))
     with torch.no_grad():
-        for parameter in tuned.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
         ends = base(WORDS).logits, tuned(WORDS).logits
     for value in (1, 0):
         model = SiameseForCausalLM(tuned, SiameseConfig("hidden_average", value=value), base).eval()
@@ -223,6 +226,14 @@ def test_decoding_with_a_cache_says_the_same_as_without(name, options):
     assert not torch.equal(said, ends["base"]) or not torch.equal(said, ends["tuned"])
 
 
+def test_a_generation_config_is_obeyed_by_position_as_in_transformers():
+    model = made()
+    asked = transformers.GenerationConfig(max_new_tokens=3, use_cache=False, return_dict_in_generate=True)
+    said = model.generate(WORDS, asked)
+    assert said.sequences.shape[1] == WORDS.shape[1] + 3
+    assert said.past_key_values is None
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_a_prompt_says_the_same_alone_and_padded_in_a_batch(options):
     model, short = made(), WORDS[:, 3:]
@@ -249,9 +260,11 @@ def test_the_cache_of_one_answer_goes_on_into_the_next_as_if_from_nothing():
     first = generate(model, return_dict_in_generate=True)
     assert isinstance(first.past_key_values, SiameseCache)
     more = torch.cat([first.sequences, torch.tensor([[7, 7, 3]])], 1)
-    given = {"ids": more, "attention_mask": torch.ones_like(more)}
-    said = generate(model, past_key_values=first.past_key_values, **given)
-    assert torch.equal(said, generate(model, **given))
+    given = {"ids": more, "attention_mask": torch.ones_like(more), "output_logits": True}
+    said = generate(model, past_key_values=first.past_key_values, return_dict_in_generate=True, **given)
+    anew = generate(model, return_dict_in_generate=True, **given)
+    assert torch.equal(said.sequences, anew.sequences)
+    torch.testing.assert_close(said.logits, anew.logits)
 
 
 def test_the_prompt_may_be_read_in_chunks():
@@ -318,18 +331,20 @@ def test_an_empty_prompt_and_a_foreign_cache_are_refused():
     with pytest.raises(ValueError, match="at least one token in every row"):
         model(WORDS, prompt_mask=torch.zeros(1, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="must be a SiameseCache"):
+        generate(model, past_key_values=transformers.DynamicCache())
+    with pytest.raises(ValueError, match="must be a SiameseCache"):
         model(WORDS, past_key_values=transformers.DynamicCache(), use_cache=True)
 
 
 def test_the_suites_see_it_as_a_model_with_a_head():
     from arma_mergekit.evals.forward import CausalLM
-    from arma_mergekit.evals.rows import Row
 
     model = made()
     lm = CausalLM(model)
     assert lm.anatomy.body == "body"
     h, _ = lm.hidden([[Row(tuple(WORDS[0].tolist()), 1)]])
-    torch.testing.assert_close(lm.head(h), model(WORDS[:, :-1]).logits[0])
+    first = torch.ones(1, 1, dtype=torch.bool)  # a text that is scored whole: its prompt is its first token
+        torch.testing.assert_close(lm.head(h), model(WORDS[:, :-1], prompt_mask=first).logits[0])
 
 
 # ---- the switch ----
@@ -370,6 +385,29 @@ def test_adapters_that_cannot_be_switched_off_are_refused_by_name():
     head = get_peft_model(family("llama"), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     with pytest.raises(CheckpointError, match="LORA adapter changes the head"):
         SiameseForCausalLM(head)
+
+
+def test_a_deep_copy_switches_its_own_adapter():
+    model = made()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.tuned.parameters():
+            parameter.mul_(1.5)
+        expected = model(WORDS).logits
+        assert not torch.equal(copied(WORDS).logits, expected)
+        base, tuned = sides(copied, input_ids=WORDS)
+        assert not torch.equal(base, tuned)
+        assert torch.equal(model(WORDS).logits, expected)
+
+
+def test_there_is_one_copy_of_the_weights_and_two_caches():
+    model = made()
+    plain = sum(p.numel() for p in adapted(family("llama")).parameters())
+    assert sum(p.numel() for p in model.parameters()) == plain + 5 * 32 * 8
+    both = model(WORDS, use_cache=True).past_key_values
+    one = model.lm(WORDS, use_cache=True).past_key_values
+    sizes = [sum(layer.keys.numel() for layer in cache.layers) for cache in (both, one)]
+    assert sizes[0] == 2 * sizes[1]
 
 
 # ---- training ----
@@ -490,6 +528,27 @@ def test_a_saved_model_has_the_same_logits_bit_for_bit_in_another_process(parts,
     with torch.no_grad():
         expected = model(torch.tensor([[5, 9, 14, 33]])).logits
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
+
+
+def test_dtype_and_device_map_are_those_asked_for(parts):
+    where = {"dtype": torch.float32, "device_map": {"": "cpu"}}
+    model = SiameseForCausalLM.from_parts(str(parts / "base"), str(parts / "adapter"), **where)
+    assert model.dtype == model.lm.lm_head.weight.dtype == torch.float32
+    assert generate(model).shape == (1, 19)
+
+
+def test_a_decoder_with_accelerates_hooks_keeps_them():
+    """What device_map puts on modules: a forward of their own."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    expected, lm = made()(WORDS).logits, family("llama")
+    tuned = adapted(lm)
+    add_hook_to_module(lm.model, AlignDevicesHook(io_same_device=True))
+    hooked = lm.model.forward
+    model = SiameseForCausalLM(tuned).eval()
+    model.body.gate.load_state_dict(made().body.gate.state_dict())
+    assert torch.equal(model(WORDS).logits, expected)
+    assert lm.model.forward is hooked
 
 
 @pytest.mark.parametrize("mode", ["no_query", "hidden_average"])
@@ -613,3 +672,116 @@ def test_an_adapter_that_changes_the_base_is_refused(parts, tmp_path, setting):
 def test_a_model_that_was_not_made_of_files_has_no_base_to_name(tmp_path):
     with pytest.raises(RunError, match="make it with from_parts"):
         made().save_pretrained(tmp_path / "out")
+
+
+# ---- what the gate does ----
+
+
+def moved(lm):
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return lm
+
+
+def rows(*texts):
+    return [Row(tuple(text), start) for text, start in texts]
+
+
+TASKS = {
+    "general": rows(([5, 9, 14, 33, 71, 8, 40], 1), ([3, 7, 7, 20], 1)),
+    "domain": rows(([11, 12, 13, 14, 15], 3)),
+}
+
+
+def test_the_diagnosis_is_of_the_gates_where_the_answer_is_predicted():
+    model = made()
+    found = diagnose(model, TASKS)
+    assert [(task["name"], task["tokens"], task["items"]) for task in found["tasks"]] == [
+        ("general", 9, 2), ("domain", 2, 1), ("all", 11, 3),
+    ]  # fmt: skip
+    seen = []
+    model.body.watch = lambda gate, *_: seen.append(gate)
+    with torch.no_grad():
+        model(torch.tensor([[11, 12, 13, 14]]), prompt_mask=torch.ones(1, 3))
+    gate = seen[0][0, 2:]
+    domain = found["tasks"][1]
+    torch.testing.assert_close(torch.tensor(domain["by_channel"]), gate.mean(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(domain["spread_by_channel"]), gate.std(0, correction=0), atol=1e-5, rtol=0
+    )
+    assert domain["mean"] == pytest.approx(float(gate.mean()), abs=1e-5)
+    assert not found["constant"]
+    assert domain["kl_one"] > 0
+
+
+def test_a_gate_that_does_not_move_is_said_to_be_the_average_that_it_is():
+    model = made()
+    torch.nn.init.zeros_(model.body.gate.B.weight)
+    found = diagnose(model, TASKS)
+    assert found["constant"]
+    assert found["average"] == 0.5
+    assert [task["kl_one"] for task in found["tasks"]] == [0.0] * 3
+    assert "averaging the two models' outputs, the base's with weight 0.500" in conclusion(found)
+    assert "decides token by token" in conclusion(diagnose(made(), TASKS))
+
+
+def test_two_heads_have_no_single_average_and_no_gate_nothing_to_see():
+    gated = SiameseForCausalLM(family("llama"), SiameseConfig(), moved(family("llama")))
+    assert diagnose(gated.eval(), TASKS)["tasks"][0]["kl_one"] is None
+    with pytest.raises(RunError, match=r"takes the base with weight 0\.5"):
+        diagnose(made(mode="hidden_average"), TASKS)
+
+
+def test_the_command_prints_a_line_for_each_task_and_writes_a_page(pair, tmp_path):
+    from click.testing import CliRunner
+
+    from arma_mergekit.cli.inspect import command
+
+    model, files = pair
+    words = [str(model), *(word for file in files for word in ("--text", str(file)))]
+    done = CliRunner().invoke(
+        command, [*words, "--html", str(tmp_path / "page.html")], catch_exceptions=False
+    )
+    assert done.exit_code == 0
+    assert "full, rank 8, 48 channels" in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines()[5:8]] == ["general", "sums", "all"]
+    page = (tmp_path / "page.html").read_text()
+    assert "What the gate does" in page
+    assert page.count('class="curve') == 2
+    assert not re.search(r"(?:src|href|url\()[ =\"']*http", page)
+    found = json.loads(CliRunner().invoke(command, [*words, "--json"], catch_exceptions=False).stdout)
+    assert len(found["tasks"][0]["by_channel"]) == 48
+
+
+@pytest.mark.parametrize(
+    ("words", "says"), [([], "Give FINETUNED"), (["--text", "nowhere.jsonl"], "No data file|Cannot read")]
+)
+def test_what_the_command_lacks_is_named(pair, words, says):
+    from click.testing import CliRunner
+
+    from arma_mergekit.cli.inspect import command
+
+    done = CliRunner().invoke(command, [str(pair[0]), *words])
+    assert isinstance(done.exception, ArmaError)
+    assert re.search(says, str(done.exception))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A saved siamese model of a toy that has a tokenizer, and two files of texts."""
+    from peft import LoraConfig, get_peft_model
+
+    root = tmp_path_factory.mktemp("toy")
+    config = transformers.LlamaConfig(
+        vocab_size=len(toy.ALPHABET), hidden_size=48, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    lm = transformers.LlamaForCausalLM(config)
+    toy.save(lm, toy.make_tokenizer(), root / "base")
+    get_peft_model(lm, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(root / "adapter")
+    model = SiameseForCausalLM.from_parts(str(root / "base"), str(root / "adapter"))
+    torch.nn.init.normal_(model.body.gate.B.weight)
+    model.save_pretrained(root / "siamese")
+    toy.write_data(root)
+    return root / "siamese", [root / "general.jsonl", root / "sums.jsonl"]

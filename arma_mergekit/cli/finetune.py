@@ -77,7 +77,7 @@ def command(
     from arma_mergekit.finetune import GateSettings, Settings, finetune
 
     asked = {"mode": mode, "rank": gate_rank, "lr": gate_lr, "joint": joint or None}
-    given = {name: value for name, value in asked.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     gate = GateSettings(**given) if given else None
     show = Progress(quiet)
     record = finetune(Settings(base, data, steps=steps or 0, gate=gate, **options), out, show)

@@ -1,4 +1,7 @@
-"""`arma inspect BASE FINETUNED`: where two models differ, by layer, projection and head."""
+"""`arma inspect BASE FINETUNED`: where two models differ, by layer, projection and head.
+
+`arma inspect SIAMESE`: what the gate of a siamese model does.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import click
 
 from arma_mergekit.cli.plan import BLOCKS, ORDER, PLOT_WIDTH, count
 from arma_mergekit.cli.tune import quiet_libraries
+from arma_mergekit.errors import UsageError
 
 __all__ = ["command", "render"]
 
@@ -24,10 +28,12 @@ NAMED = 3  # tensors that could not be compared
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("base")
-@click.argument("finetuned")
+@click.argument("finetuned", required=False)
 @click.option(
-    "--text", metavar="FILE", help="Texts to compare attention on: JSONL, parquet, .txt, or builtin:prose."
-)
+    "--text", "texts", metavar="FILE", multiple=True,
+    help="Texts to compare attention on: JSONL, parquet, .txt, or builtin:prose. Of a siamese model: its tasks, again "
+    "for each.",
+)  # fmt: skip
 @click.option(
     "--metric",
     type=click.Choice(["js", "kl", "mse", "cosine", "emd"]),
@@ -43,8 +49,8 @@ NAMED = 3  # tensors that could not be compared
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def command(
     base: str,
-    finetuned: str,
-    text: str | None,
+    finetuned: str | None,
+    texts: tuple[str, ...],
     metric: str,
     field: str,
     max_tokens: int,
@@ -55,8 +61,16 @@ def command(
 
     Both are directories or hub ids in the local cache, as path[@revision][+adapter]. Weights are streamed; with --text
     the models are loaded too, and their attention is compared head by head.
+
+    Alone, BASE is the directory of a siamese model: how much of its base every channel takes on each --text (prompt and
+    answer, or text), and whether that changes from token to token.
     """
     quiet_libraries()
+    if finetuned is None:
+        return siamese(Path(base), texts, field, max_tokens, html, as_json)
+    if len(texts) > 1:
+        raise UsageError("Attention is compared on one --text; several are for a siamese model.")
+    text = texts[0] if texts else None
     from arma_mergekit.checkpoint import open_model
     from arma_mergekit.difference import attention_difference, summary, weight_difference
 
@@ -72,6 +86,46 @@ def command(
 
         click.echo(write_page(found, html), err=as_json)
     return 0
+
+
+def siamese(
+    path: Path, texts: Sequence[str], field: str, max_tokens: int, html: Path | None, as_json: bool
+) -> int:
+    """The gate of a siamese model on some files."""
+    if not texts:
+        raise UsageError(
+            "Give FINETUNED to compare two models, or --text FILE for the gate of a siamese one."
+        )
+    from arma_mergekit.report.siamese import conclusion
+    from arma_mergekit.siamese import SiameseForCausalLM
+    from arma_mergekit.siamese.diagnose import diagnose, read_rows
+
+    model = SiameseForCausalLM.from_pretrained(path)
+    tokenizer = model.tokenizer()
+    tasks = {Path(text).stem: read_rows(tokenizer, Path(text), field, max_tokens) for text in texts}
+    found = {"model": str(path), **diagnose(model, tasks)}
+    click.echo(json.dumps(found, indent=2, allow_nan=False) if as_json else gate(found, conclusion(found)))
+    if html is not None:
+        from arma_mergekit.report.siamese import write_page
+
+        click.echo(write_page(found, html), err=as_json)
+    return 0
+
+
+def gate(found: Record, conclusion: str) -> str:
+    """A line per task."""
+    about = found["siamese"]
+    lines: list[Line] = [("", "tokens", "mean", "tokens ±", "channels ±", "channels", "KL from one weight")]
+    for task in found["tasks"]:
+        numbers = (str(task["tokens"]), *(f"{task[k]:.3f}" for k in ("mean", "spread", "between_channels")))
+        kl = "" if task["kl_one"] is None else f"{_number(task['kl_one'])} nats/token"
+        lines.append((task["name"], *numbers, bars(sorted(task["by_channel"]), 1.0), kl))
+    kind = f"{about['mode']}, rank {about['rank']}, {about['channels']} channels"
+    head = f"  siamese      {found['model']}   {kind}"
+    title = "  Gate: weight of the base, 0 to 1; channels sorted (█ 1)"
+    return "\n".join(
+        [f"  siamese      {found['model']}   {head}", "", title, "", *_aligned(lines), "", f"  {conclusion}"]
+    )
 
 
 def render(found: Record) -> str:

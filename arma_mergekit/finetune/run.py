@@ -26,7 +26,7 @@ from arma_mergekit.evals.sources import Record, read_records
 from arma_mergekit.finetune.examples import Example, batch, encode
 from arma_mergekit.finetune.kinds import Kind, make
 from arma_mergekit.finetune.settings import Settings
-from arma_mergekit.load import LOCAL, max_positions, readable
+from arma_mergekit.load import max_positions, open_tokenizer
 from arma_mergekit.whole import write_whole
 
 __all__ = ["RECORD", "finetune"]
@@ -49,7 +49,7 @@ def finetune(settings: Settings, out: Path, notify: Notify = lambda _: None) -> 
     before = _earlier(out, record)
     if before is not None and before["result"] is not None:
         return before
-    kind, tokenizer = make(settings, base), _tokenizer(base.path)
+    kind, tokenizer = make(settings, base), open_tokenizer(base.path)
     positions = max_positions(kind.model.config)
     length = min(settings.length, positions) if positions else settings.length
     examples = [encode(tokenizer, r, length) for r in _records(settings.data)]
@@ -72,15 +72,6 @@ def _records(path: Path) -> list[Record]:
     if not path.is_file():
         raise DataError(f"No data file {path}; paths start at the current directory.")
     return read_records(path, ())
-
-
-def _tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    with readable(
-        f"The tokenizer of {path}", "copy the tokenizer's files from the model it was trained from"
-    ):
-        return AutoTokenizer.from_pretrained(str(path), **LOCAL)
 
 
 def _train(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from arma_mergekit.errors import CheckpointError
-from arma_mergekit.siamese.cache import Query, SiameseCache
+from arma_mergekit.siamese.cache import Query, SiameseCache, checked
 from arma_mergekit.siamese.config import SiameseConfig
 from arma_mergekit.siamese.gate import Gate, mix
 
@@ -129,21 +129,17 @@ class SiameseBody(nn.Module):
         return output
 
     def _cache(self, given: Any, use_cache: bool | None) -> SiameseCache | None:
-        if given is not None and not isinstance(given, SiameseCache):
-            raise ValueError(
-                f"past_key_values must be a SiameseCache, one of both passes, but got {type(given).__name__}."
-            )
         wanted = self._lm_config.use_cache if use_cache is None else use_cache
-        return SiameseCache(self._lm_config) if given is None and wanted else given
+        return SiameseCache(self._lm_config) if given is None and wanted else checked(given)
 
     def _mixed(self, base: Tensor, tuned: Tensor, query: Query | None) -> Tensor:
         if self.config.mode == "logit_average":  # they are averaged after the head
             return torch.cat([base, tuned])
         gate: Tensor | float = self.config.value
         if self.gate is not None:
-            gate = self.gate(base, tuned, None if query is None else query.mean())
+            gate = found = self.gate(base, tuned, None if query is None else query.mean())
             if self.watch is not None:
-                self.watch(gate, base, tuned)
+                self.watch(found, base, tuned)
         if self.stacked:
             return torch.cat(
                 [mix(gate, base, torch.zeros_like(base)), mix(gate, torch.zeros_like(tuned), tuned)]

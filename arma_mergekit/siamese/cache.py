@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-__all__ = ["Query", "SiameseCache"]
+__all__ = ["Query", "SiameseCache", "checked"]
 
 
 class Query:
@@ -113,3 +113,12 @@ class SiameseCache(Cache):  # type: ignore[misc]  # transformers is not followed
         """Forget everything."""
         super().reset()
         self.query = Query()
+
+
+def checked(given: Any) -> SiameseCache | None:
+    """The cache that was given, if any; ValueError if it is another kind."""
+    if given is not None and not isinstance(given, SiameseCache):
+        raise ValueError(
+            f"past_key_values must be a SiameseCache, one of both passes, but got {type(given).__name__}."
+        )
+    return given

@@ -28,7 +28,7 @@ from arma_mergekit.checkpoint.lowrank import CONFIG, shortened, tensors_in
 from arma_mergekit.checkpoint.model import some
 from arma_mergekit.digest import DigestMemo
 from arma_mergekit.errors import CheckpointError, InputError, RunError, unknown
-from arma_mergekit.load import as_dtype, build_model, is_finite, readable
+from arma_mergekit.load import as_dtype, build_model, is_finite, open_tokenizer, readable
 from arma_mergekit.siamese.config import SiameseConfig
 from arma_mergekit.whole import write_whole
 
@@ -41,6 +41,7 @@ __all__ = [
     "from_pretrained",
     "load_adapter",
     "save_pretrained",
+    "tokenizer_of",
 ]
 
 GATE = "gate.safetensors"
@@ -151,7 +152,7 @@ def save_pretrained(model: Any, path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     (path / SIAMESE).unlink(missing_ok=True)
     if source.second is None:
-        model.tuned.save_pretrained(str(path / ADAPTER))
+        model.tuned.save_pretrained(str(path / ADAPTER), save_embedding_layers=False)
         (path / ADAPTER / "README.md").unlink(missing_ok=True)  # PEFT's card of blanks
     if model.body.gate is not None:
         tensors = {name: p.detach().cpu().contiguous() for name, p in model.body.gate.named_parameters()}
@@ -167,6 +168,13 @@ def save_pretrained(model: Any, path: Path) -> None:
     write_whole({path / SIAMESE: json.dumps(record, indent=2) + "\n"})
 
 
+def tokenizer_of(model: Any) -> Any:
+    """See `SiameseForCausalLM.tokenizer`."""
+    if model.source is None:
+        raise RunError("A siamese model that was not made of files has no tokenizer; load that of its base.")
+    return open_tokenizer(_plain(model.source.base.ref).path)
+
+
 def load_adapter(lm: Any, path: Path, trainable: bool = False) -> Any:
     """The PeftModel of an adapter's directory; CheckpointError unless switching it off gives the base."""
     from peft import PeftModel, get_peft_model_state_dict
@@ -177,7 +185,7 @@ def load_adapter(lm: Any, path: Path, trainable: bool = False) -> Any:
     _, stored = tensors_in(path)
     with readable(f"The adapter {path}", "is it an adapter of another base?"):
         model = PeftModel.from_pretrained(lm, str(path), is_trainable=trainable)
-    wanted = set(get_peft_model_state_dict(model))
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if wanted != set(stored):
         raise CheckpointError(
             f"{path} has other tensors than its config asks for ({some(wanted ^ set(stored))}); is it of another base?"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from arma_mergekit.errors import CheckpointError
 from arma_mergekit.siamese.body import SiameseBody, calling, find_decoder
-from arma_mergekit.siamese.cache import SiameseCache
+from arma_mergekit.siamese.cache import SiameseCache, checked
 from arma_mergekit.siamese.config import SiameseConfig
 from arma_mergekit.siamese.gate import mix
 from arma_mergekit.siamese.switch import Switch
@@ -130,6 +130,12 @@ class SiameseForCausalLM(nn.Module):
         module: nn.Module = self.lm.get_output_embeddings()
         return module
 
+    def tokenizer(self) -> Any:
+        """The base's, if it was made of files."""
+        from arma_mergekit.siamese.files import tokenizer_of
+
+        return tokenizer_of(self)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -173,6 +179,8 @@ class SiameseForCausalLM(nn.Module):
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *,
         past_key_values: SiameseCache | None = None,
         prompt_mask: Tensor | None = None,
         **kwargs: Any,
@@ -182,18 +190,24 @@ class SiameseForCausalLM(nn.Module):
         ``past_key_values``: that of an earlier call (with return_dict_in_generate), to go on from: ``inputs`` then
         start with what it holds. ``prompt_mask`` as in `forward`.
         """
-        ids = next(x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
         if prompt_mask is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            prompt_mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.bool, device=ids.device)
-        if past_key_values is not None:
-            past_key_values.query.next_prompt()
-        elif self._caches(kwargs):
-            past_key_values = SiameseCache(self.config)
-        if past_key_values is not None:
-            kwargs["past_key_values"] = past_key_values
+            given = (
+                kwargs.get("attention_mask"),
+                inputs,
+                kwargs.get("input_ids"),
+                kwargs.get("inputs_embeds"),
+            )
+            like = next(tensor for tensor in given if tensor is not None)
+            prompt_mask = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
+        cache = checked(past_key_values)
+        if cache is not None:
+            cache.query.next_prompt()
+        elif self._caches(generation_config, kwargs.get("use_cache")):
+            cache = SiameseCache(self.config)
+        if cache is not None:
+            kwargs["past_key_values"] = cache
         with self._mixing(prompt_mask):
-            return self.lm.generate(inputs, **kwargs)
+            return self.lm.generate(inputs, generation_config, **kwargs)
 
     @contextlib.contextmanager
     def only(self, side: str) -> Iterator[Any]:
@@ -235,11 +249,9 @@ class SiameseForCausalLM(nn.Module):
             raise RuntimeError(f"Missing: {found.missing_keys}; not expected: {found.unexpected_keys}.")
         return found
 
-    def _caches(self, asked: Mapping[str, Any]) -> bool:
+    def _caches(self, settings: Any, asked: bool | None) -> bool:
         """Whether a call of generate is to use a cache."""
-        settings = asked.get("generation_config") or self.generation_config
-        use = asked.get("use_cache")
-        return bool(settings.use_cache if use is None else use)
+        return bool((settings or self.generation_config).use_cache if asked is None else asked)
 
     @contextlib.contextmanager
     def _mixing(self, prompt_mask: Tensor | None) -> Iterator[None]:

@@ -18,8 +18,6 @@ from arma_mergekit.errors import CheckpointError
 __all__ = ["Switch"]
 
 FLAG = "_disable_adapters"  # what both kinds of PEFT's layers look at in forward
-
-
 KINDS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
@@ -27,7 +25,7 @@ class Switch:
     """The adapted layers of a PeftModel, as they are now; CheckpointError if there are none, or the head is one."""
 
     def __init__(self, model: Any) -> None:
-        self._layers: list[dict[str, Any]] = [vars(m) for m in model.modules() if isinstance(m, KINDS)]
+        self._layers = [module for module in model.modules() if isinstance(module, KINDS)]
         kind = "/".join(
             sorted(getattr(c.peft_type, "value", str(c.peft_type)) for c in model.peft_config.values())
         )
@@ -44,13 +42,14 @@ class Switch:
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Within the block the layers are the base's; ValueError if the adapter is merged into them."""
-        if any(layer.get("merged_adapters") for layer in self._layers):
+        layers = [vars(layer) for layer in self._layers]  # a module's own __setattr__ is slow
+        if any(layer.get("merged_adapters") for layer in layers):
             raise ValueError("The adapter is merged into the weights, so there is no base; unmerge it first.")
-        before = [layer[FLAG] for layer in self._layers]
+        before = [layer[FLAG] for layer in layers]
         try:
-            for layer in self._layers:
+            for layer in layers:
                 layer[FLAG] = True
             yield
         finally:
-            for layer, flag in zip(self._layers, before, strict=True):
+            for layer, flag in zip(layers, before, strict=True):
                 layer[FLAG] = flag
