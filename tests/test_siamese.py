@@ -344,7 +344,7 @@ def test_the_suites_see_it_as_a_model_with_a_head():
     assert lm.anatomy.body == "body"
     h, _ = lm.hidden([[Row(tuple(WORDS[0].tolist()), 1)]])
     first = torch.ones(1, 1, dtype=torch.bool)  # a text that is scored whole: its prompt is its first token
-        torch.testing.assert_close(lm.head(h), model(WORDS[:, :-1], prompt_mask=first).logits[0])
+    torch.testing.assert_close(lm.head(h), model(WORDS[:, :-1], prompt_mask=first).logits[0])
 
 
 # ---- the switch ----

@@ -54,7 +54,8 @@ def command(source: str, wanted: list[str] | None, prompt: str | None, as_json: 
     """Ask several models the same, and read their answers side by side.
 
     SOURCE is a recipe (its base, fine-tuned and merged model), the directory of an arma-tune run (the same, and
-    one-knob), or a model: a directory, a hub id in the local cache, or base+adapter. Merges are made in memory.
+    one-knob), or a model: a directory, siamese or not, a hub id in the local cache, or base+adapter. Merges are made
+    in memory.
 
     Answers grow in columns, one below the other where the terminal is narrow, and as lines with names where the output
     is no terminal: echo "..." | arma chat SOURCE. Ctrl-C ends an answer, Ctrl-D the chat; /help lists the commands.
