@@ -744,7 +744,7 @@ def test_the_command_prints_a_line_for_each_task_and_writes_a_page(pair, tmp_pat
         command, [*words, "--html", str(tmp_path / "page.html")], catch_exceptions=False
     )
     assert done.exit_code == 0
-    assert "full, rank 8, 48 channels" in done.stdout
+    assert done.stdout.splitlines()[0] == f"  siamese      {model}   full, rank 8, 48 channels"
     assert [line.split()[0] for line in done.stdout.splitlines()[5:8]] == ["general", "sums", "all"]
     page = (tmp_path / "page.html").read_text()
     assert "What the gate does" in page

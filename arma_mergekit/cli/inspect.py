@@ -123,9 +123,7 @@ def gate(found: Record, conclusion: str) -> str:
     kind = f"{about['mode']}, rank {about['rank']}, {about['channels']} channels"
     head = f"  siamese      {found['model']}   {kind}"
     title = "  Gate: weight of the base, 0 to 1; channels sorted (█ 1)"
-    return "\n".join(
-        [f"  siamese      {found['model']}   {head}", "", title, "", *_aligned(lines), "", f"  {conclusion}"]
-    )
+    return "\n".join([head, "", title, "", *_aligned(lines), "", f"  {conclusion}"])
 
 
 def render(found: Record) -> str:
