@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from arma_mergekit import __version__
+from arma_mergekit.cache import hashed
 from arma_mergekit.digest import DigestMemo, sha256_of
 from arma_mergekit.evals import suite_specs
 from arma_mergekit.plan import Plan
 from arma_mergekit.recipe import Recipe
 
-__all__ = ["fingerprint"]
+__all__ = ["digest_of", "fingerprint"]
 
-BUDGET = ("trials", "seeds", "searchers")  # may change from one start of a run to the next
+FREE = ("trials", "seeds", "searchers", "compare")  # may change from one start of a run to the next
 
 
 def fingerprint(recipe: Recipe, suites: Sequence[str], planned: Plan, memo: DigestMemo) -> dict[str, Any]:
-    """Flat facts: every entry of the recipe but the budget, suites, digests of data and models, version."""
+    """Flat facts: every entry of the recipe that decides a score, suites, digests of data and models, version."""
     content = recipe.model_dump(mode="json", exclude_none=True)
-    for key in BUDGET:
+    for key in FREE:
         content.get("tune", {}).pop(key, None)
     specs = suite_specs(recipe, suites)
     content["evals"] = {
@@ -40,6 +41,11 @@ def fingerprint(recipe: Recipe, suites: Sequence[str], planned: Plan, memo: Dige
         for file in model.files:
             facts[f"model {model.ref}: {file.name}"] = memo.digest(file)
     return facts | {"suites": sorted(suites), "version": __version__}
+
+
+def digest_of(paths: Sequence[Path], memo: DigestMemo) -> str:
+    """Of files, by their names and what is in them."""
+    return hashed([[path.name, memo.digest(path)] for path in paths])
 
 
 def files(path: Path) -> list[Path]:

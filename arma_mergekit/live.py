@@ -20,6 +20,7 @@ Embeddings use D[ids]; every other tensor (norms, biases, fused experts) goes th
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -109,6 +110,14 @@ class LiveModel:
         """One alpha for every tensor: 0 is the base, 1 the fine-tuned model."""
         self.set(np.full(len(self.tensors), alpha))
 
+    @torch.no_grad()
+    def at(self, alphas: npt.ArrayLike) -> nn.Module:
+        """A frozen model of its own with these alphas (N,); tensors of the base and of the fine-tuned are borrowed."""
+        pairs = zip(self.tensors, np.asarray(alphas, dtype=np.float64), strict=True)
+        with one_thread():
+            weights = {n: average(self._base[n], [self._tuned[n]], [float(a)], check=False) for n, a in pairs}
+        return _with_weights(self.model, {id(self._parameters[n]): weight for n, weight in weights.items()})
+
     def delta(self, name: str) -> Tensor:
         """W_ft - W_base of a tensor, in the model's dtype; kept, since every backward pass needs it."""
         if name not in self._deltas:
@@ -138,6 +147,15 @@ class LiveModel:
         leaves = [torch.zeros((), requires_grad=True, device=self.device) for _ in self.tensors]
         with _tracked(self, dict(zip(self.tensors, leaves, strict=True))), torch.enable_grad():
             yield partial(_collect, leaves)
+
+
+def _with_weights(model: nn.Module, weights: Mapping[int, Tensor]) -> nn.Module:
+    """A copy of a model that shares its tensors, but for parameters (by id) that get other ones."""
+    ours: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        new = weights.get(id(parameter))
+        ours[id(parameter)] = parameter if new is None else nn.Parameter(new, requires_grad=False)
+    return copy.deepcopy(model, ours)
 
 
 def _collect(leaves: Sequence[Tensor]) -> Array:

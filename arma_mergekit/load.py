@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 
     from arma_mergekit.live import LiveModel
 
-__all__ = ["Loaded", "adapted", "build_model", "load_live", "load_tokenizer", "open_tokenizer"]
+__all__ = [
+    "Loaded",
+    "adapted",
+    "build_model",
+    "default_device",
+    "load_live",
+    "load_model",
+    "load_tokenizer",
+    "open_tokenizer",
+]
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 DTYPES = ("bfloat16", "float16", "float32", "float64")  # torch's names of the same
@@ -59,8 +68,6 @@ def load_live(recipe: Recipe, device: str | None = None) -> Loaded:
 
     CheckpointError for whatever cannot be loaded whole and finite.
     """
-    import torch
-
     from arma_mergekit.live import LiveModel
 
     if len(recipe.finetuned) != 1:
@@ -71,7 +78,7 @@ def load_live(recipe: Recipe, device: str | None = None) -> Loaded:
     base, tuned = checkpoints
     dtype = as_dtype(recipe.dtype, base)
     model = build_model(base.path, dtype)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device or default_device())
     shared = [n for n, info in base.tensors.items() if n in tuned.tensors and info.dtype in FLOATS]
     owners, aliases = assign(shared, model)
     sides = [{n: read_finite(c, n, model.device, dtype) for n in shared} for c in checkpoints]
@@ -99,6 +106,25 @@ def adapted(model: Any, config: Any, name: str) -> Any:
         raise CheckpointError(
             f"The adapter does not fit the model {name} ({str(error).rstrip('.')}); change its targets or rank."
         ) from error
+
+
+def load_model(ref: str, device: str | None = None) -> Any:
+    """The one model of a reference, frozen, an adapter folded in; CheckpointError as in `load_live`."""
+    checkpoint = open_model(ref)
+    dtype = as_dtype(None, checkpoint)
+    model = build_model(checkpoint.path, dtype)
+    model.to(device or default_device())
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        owners, _ = assign(checkpoint.factors, model)
+        write(model, {p: read_finite(checkpoint, n, model.device, dtype) for n, p in owners.items()})
+    return model.eval().requires_grad_(False)
+
+
+def default_device() -> str:
+    """A GPU if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_tokenizer(recipe: Recipe) -> Any:

@@ -19,8 +19,8 @@ from arma_mergekit.search.bayes import write_studies
 from arma_mergekit.whole import write_whole
 
 if TYPE_CHECKING:
-    from arma_mergekit.tune import Candidate, Result, Tuner
-    from arma_mergekit.verdict import Difference
+    from arma_mergekit.tune import Candidate, Compared, Result, Tuner
+    from arma_mergekit.verdict import Difference, Verdict
 
 __all__ = ["merge_command", "summary", "write_best", "write_files", "write_results"]
 
@@ -90,16 +90,7 @@ def summary(tuner: Tuner, result: Result) -> dict[str, Any]:
         "separation": [vars(s) for s in result.separation],
         "steering": scale.steering,
         "watched": watched,
-        "verdicts": [
-            {
-                "name": v.name,
-                "rival": v.rival,
-                "dominates": v.dominates,
-                "sentence": v.sentence,
-                "suites": {s: vars(d) for s, d in v.suites.items()},
-            }
-            for v in result.verdicts
-        ],
+        "verdicts": [verdict_summary(v) for v in result.verdicts],
         "curve": [
             {"alpha": r["values"][0], "shares": r["shares"], "reward": r["reward"]}
             for r in result.curve
@@ -109,9 +100,33 @@ def summary(tuner: Tuner, result: Result) -> dict[str, Any]:
             "metric": "js",
             "pairs": {f"{n} against base": by_layer(h) for n, h in result.heads.items() if h},
         },
+        "compared": [compared_summary(found) for found in result.compared],
         "ledger": [vars(phase) for phase in result.ledger],
         "forward_tokens": sum(phase.forward_tokens for phase in result.ledger),
         "seconds": round(sum(phase.seconds for phase in result.ledger), 1),
+    }
+
+
+def verdict_summary(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as JSON."""
+    return {
+        "name": verdict.name,
+        "rival": verdict.rival,
+        "dominates": verdict.dominates,
+        "sentence": verdict.sentence,
+        "suites": {suite: vars(d) for suite, d in verdict.suites.items()},
+    }
+
+
+def compared_summary(found: Compared) -> dict[str, Any]:
+    """A model that the best merge was compared with, as JSON; its scores are among the candidates."""
+    return {
+        "name": found.guest.name,
+        "model": found.guest.ref,
+        "kind": found.guest.kind,
+        "verdict": verdict_summary(found.verdict),
+        "own": vars(found.own),
+        "merge": vars(found.merge),
     }
 
 

@@ -10,11 +10,12 @@ from arma_mergekit.cache import EvalCache
 from arma_mergekit.digest import DigestMemo
 from arma_mergekit.engines import Engine
 from arma_mergekit.evals import check_test_sets
-from arma_mergekit.fingerprint import fingerprint
+from arma_mergekit.fingerprint import digest_of, fingerprint
+from arma_mergekit.models import open_named
 from arma_mergekit.plan import plan
 from arma_mergekit.recipe import Recipe
 from arma_mergekit.trials import Journal
-from arma_mergekit.tune import Progress, Tuner
+from arma_mergekit.tune import Guest, Progress, Tuner
 from arma_mergekit.worker import Worker
 
 __all__ = ["MakeEngine", "open_run"]
@@ -46,9 +47,14 @@ def open_run(
         facts = fingerprint(recipe, suites, planned, memo)
         if store is not None:
             store.describe({k: v for k, v in facts.items() if k.startswith("model ")})
+        guests = [
+            Guest(name, ref, named.kind, digest_of(named.files, memo))
+            for name, ref in recipe.tune.compare.items()
+            for named in [open_named(ref)]
+        ]
         engine = (make_engine or local_engine)(recipe, suites, store)
         stack.callback(engine.close)
-        tuner = Tuner(recipe, suites, engine, progress)
+        tuner = Tuner(recipe, suites, engine, progress, guests)
         facts |= {f"items of {key}": task.content for key, task in tuner.about.tasks.items() if task.content}
         # last: what cannot start leaves no run behind
         tuner.journal = stack.enter_context(contextlib.closing(Journal(out / "trials.jsonl", facts)))

@@ -3,7 +3,7 @@
     base, fine-tuned     the scale (and which tasks can tell them apart)
     one knob             averaging of everything, and of attention only: the rivals to beat
     each arm             ask -> score -> journal -> tell, until its budget is spent (arms.py)
-    held-back items      the best of each arm once, beside base, fine-tuned and one knob
+    held-back items      the best of each arm once, beside base, fine-tuned, one knob and other models
 
 It knows recipes, jobs and scores; it cannot tell one searcher from another, nor one engine from another. Budgets are
 equal: cost is counted in forward tokens, a backward pass double. Every arm starts at the best alpha for everything.
@@ -14,7 +14,7 @@ on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from arma_mergekit.arms import DECIMALS, Arm, Listed, Running
 from arma_mergekit.cache import hashed
+from arma_mergekit.decode import Footprint
 from arma_mergekit.engines import Engine
 from arma_mergekit.errors import RecipeError, RunError
 from arma_mergekit.evals import REGULARIZER
@@ -37,7 +38,7 @@ from arma_mergekit.trials import Journal
 from arma_mergekit.verdict import Difference, Verdict, compare, kept
 from arma_mergekit.worker import Done, Job
 
-__all__ = ["Candidate", "Phase", "Result", "Tuner"]
+__all__ = ["Candidate", "Compared", "Guest", "Phase", "Result", "Tuner"]
 
 Array = npt.NDArray[np.float64]
 Progress = Callable[[str, Mapping[str, Any]], None]
@@ -74,6 +75,30 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Guest:
+    """A model that is no average of base and fine-tuned, to compare with. ``digest``: of all its files."""
+
+    name: str
+    ref: str
+    kind: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How the best merge fares against a guest, which is a candidate without alphas.
+
+    ``own``, ``merge``: what answering costs the guest and any merge, measured in turns.
+    """
+
+    guest: Guest
+    candidate: Candidate
+    verdict: Verdict
+    own: Footprint
+    merge: Footprint
+
+
+@dataclass(frozen=True)
 class Phase:
     """What a part of the run cost. ``evaluations``: full ones; ``trials``: questions asked."""
 
@@ -103,6 +128,7 @@ class Result:
     curve: Sequence[Record]
     heads: Mapping[str, Mapping[int, list[float]]]
     ledger: Sequence[Phase]
+    compared: Sequence[Compared] = ()
 
     @property
     def separation(self) -> Sequence[Separation]:
@@ -111,12 +137,22 @@ class Result:
 
 
 class Tuner:
-    """One run. ``suites``: names of the recipe's suites to balance; ``journal``: to be set before it runs."""
+    """One run. ``suites``: names of the recipe's suites to balance; ``journal``: to be set before it runs.
+
+    ``guests``: what the recipe compares with.
+    """
 
     journal: Journal
 
-    def __init__(self, recipe: Recipe, suites: Sequence[str], engine: Engine, progress: Progress) -> None:
-        self.recipe, self.engine, self.progress = recipe, engine, progress
+    def __init__(
+        self,
+        recipe: Recipe,
+        suites: Sequence[str],
+        engine: Engine,
+        progress: Progress,
+        guests: Sequence[Guest] = (),
+    ) -> None:
+        self.recipe, self.engine, self.progress, self.guests = recipe, engine, progress, guests
         self.config = recipe.tune
         self.options = self.config.objective.options(suites)
         self.about = engine.describe()
@@ -170,12 +206,13 @@ class Tuner:
         return budget
 
     def prepare(self) -> None:
-        """Score base and fine-tuned, and so set the scale."""
+        """Score base and fine-tuned, which sets the scale, and guests: what is wrong with them is known early."""
         ends = self._ends()
         weights = {key: task.weight for key, task in self.about.tasks.items()}
         penalty = 0.0 if self.config.regularizer is None else self.config.regularizer.weight
         self.scale = Scale(ends, self.splits, weights, self.options, self.config.keep_weak, penalty)
         self.progress("separation", {"tasks": self.scale.separation, "steering": self.scale.steering})
+        self._receive()
 
     def sweep(self, values: Sequence[float], scope: str = "everything") -> Result:
         """One knob only: these values of one alpha for everything, or for ``attention`` with the rest fine-tuned."""
@@ -392,14 +429,45 @@ class Tuner:
         curve = knobs[0].records
         heads = {c.name: self._heads(c) for c in (outer[1], best) if c is not outer[0]}
         ledger = self._ledger([*knobs, *arms])
-        return Result(self.scale, candidates, rival, best, verdicts, shares, picks, curve, heads, ledger)
+        compared = [self._compared(guest, best, base, tuned, weights) for guest in self.guests]
+        candidates += [found.candidate for found in compared]
+        shares |= {c.candidate.name: kept(c.candidate.held, base, tuned, weights) for c in compared}
+        return Result(
+            self.scale, candidates, rival, best, verdicts, shares, picks, curve, heads, ledger, compared
+        )
+
+    def _receive(self) -> None:
+        """Score every guest on the held-back items; once, while its files stay as they are."""
+        jobs = {
+            guest_key(guest): Job(tasks=self._held_tasks(), held=True, model=guest.name)
+            for guest in self.guests
+            if guest_key(guest) not in self.journal
+        }
+        for number, (key, done) in enumerate(self._do(jobs), 1):
+            costs_to_answer = {side: asdict(found) for side, found in done.footprints.items()}
+            self.journal.append(
+                key, {"held": dump(done.measured), "footprints": costs_to_answer} | costs([done])
+            )
+            self.progress("held", {"done": number, "of": len(jobs)})
+
+    def _compared(
+        self, guest: Guest, best: Candidate, base: Scores, tuned: Scores, weights: Mapping[str, float]
+    ) -> Compared:
+        record = self.journal[guest_key(guest)]
+        candidate = Candidate(guest.name, {}, None, held=load(record["held"]))
+        verdict = compare(best.name, best.held, guest.name, candidate.held, base, tuned, weights)
+        own, merge = (Footprint(**record["footprints"][side]) for side in ("own", "merge"))
+        return Compared(guest, candidate, verdict, own, merge)
+
+    def _held_tasks(self) -> tuple[str, ...]:
+        """Tasks with a verdict: all but the regulariser's."""
+        return tuple(key for key in self.about.tasks if suite_of(key) != REGULARIZER)
 
     def hold(self, candidates: Sequence[Candidate]) -> None:
         """Score candidates on the held-back items of every task, watched ones too; once per set of alphas."""
-        tasks = tuple(key for key in self.about.tasks if suite_of(key) != REGULARIZER)
         keys = [f"held back/{_digest(candidate)}" for candidate in candidates]
         missing = {
-            key: Job(self._alphas(candidate), tasks, held=True)
+            key: Job(self._alphas(candidate), self._held_tasks(), held=True)
             for key, candidate in zip(keys, candidates, strict=True)
             if key not in self.journal
         }
@@ -430,9 +498,11 @@ class Tuner:
             records = [r for arm in arms if arm.name == name for r in arm.records]
             spent = sum(r["cost"] for r in records)
             rows.append(Phase(name, len(records), spent, *_sums(records)))
-        after = {"held-back items": "held back/", "attention by head": "heads/"}
+        after = {"held-back items": "held back/", "attention by head": "heads/", "other models": "compared/"}
         for title, start in after.items():
             records = [r for r in self.journal.records() if r["key"].startswith(start)]
+            if not records:
+                continue
             rows.append(Phase(title, len(records), 0.0, *_sums(records)))
         return rows
 
@@ -447,6 +517,11 @@ def _next(arms: Sequence[Arm]) -> Running | None:
 
 def _sums(records: Sequence[Record]) -> tuple[int, float]:
     return sum(r["tokens"] for r in records), sum(r["seconds"] for r in records)
+
+
+def guest_key(guest: Guest) -> str:
+    """Where the journal has the scores of a guest."""
+    return f"compared/{guest.digest[:16]}"
 
 
 def _digest(candidate: Candidate) -> str:

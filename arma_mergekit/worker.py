@@ -15,10 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from arma_mergekit import __version__
-from arma_mergekit.errors import CheckpointError, DataError
-from arma_mergekit.evals import make_suites
+from arma_mergekit.checkpoint import Checkpoint, open_model
+from arma_mergekit.decode import Footprint, footprints
+from arma_mergekit.errors import CheckpointError, DataError, RecipeError
+from arma_mergekit.evals import REGULARIZER, make_suites
 from arma_mergekit.evals.base import Measured, Part, Split, Task
 from arma_mergekit.load import load_live, load_tokenizer
+from arma_mergekit.models import Named, open_named
 from arma_mergekit.recipe import Recipe
 from arma_mergekit.search.base import GRADIENT_COST
 
@@ -38,15 +41,17 @@ class Job:
 
     On the search items, all or a ``part`` (with ``complement``: all but that part), or on those ``held`` back.
     ``gradient`` asks for dL/dalpha of every task too. ``heads``: how far each head's attention is from the base's, too.
+    ``model``: instead of any alphas, the model that the recipe compares with under this name.
     """
 
-    alphas: tuple[float, ...]
+    alphas: tuple[float, ...] = ()
     tasks: tuple[str, ...] = ()
     part: Part | None = None
     complement: bool = False
     held: bool = False
     gradient: bool = False
     heads: bool = False
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,8 @@ class Done:
     """What came of a job: scores by task, dL/dalpha (N,) by task if asked, forward tokens (backward counts double).
 
     ``error`` is the sentence of a candidate that could not be scored; the rest is then empty. ``heads``: divergence by
-    layer (depth) and head, empty if not asked, or if there is no text or no softmax attention.
+    layer (depth) and head, empty if not asked, or if there is no text or no softmax attention. ``footprints``: what
+    answering costs a ``model`` ("own") and, measured in turns with it, any merge ("merge").
     """
 
     measured: Mapping[str, Measured]
@@ -63,6 +69,7 @@ class Done:
     seconds: float
     error: str | None = None
     heads: Mapping[int, list[float]] = field(default_factory=dict)
+    footprints: Mapping[str, Footprint] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,12 +111,17 @@ class Worker:
         cache: EvalCache | None = None,
         device: str | None = None,
     ) -> None:
+        self.compared = {name: open_named(ref) for name, ref in recipe.tune.compare.items()}
+        tokenizer = load_tokenizer(recipe)
+        for name, named in self.compared.items():
+            check_compared(name, named, open_model(recipe.base_model), tokenizer)
         self.loaded = load_live(recipe, device)
         self.live = self.loaded.live
         limits = {"max_positions": self.loaded.max_positions, "vocabulary": self.loaded.vocabulary}
-        made = make_suites(recipe, suites, load_tokenizer(recipe), **limits)
+        made = make_suites(recipe, suites, tokenizer, **limits)
         self.tasks: dict[str, Task] = {f"{suite}/{t.name}": t for suite, tasks in made.items() for t in tasks}
         self.splits = {key: Split(task.ids, recipe.tune.holdout) for key, task in self.tasks.items()}
+        check_tasks(self.tasks, self.compared)
         self.cache = cache
         if cache is not None:
             cache.describe(arithmetic())
@@ -131,6 +143,8 @@ class Worker:
     def do(self, job: Job) -> Done:
         """Score; a loss that is not finite makes a failed job, not an exception."""
         started = time.monotonic()
+        if job.model is not None:
+            return self._compare(job, self.compared[job.model], started)
         try:
             found = {key: self._score(key, job) for key in job.tasks}
         except DataError as error:
@@ -140,6 +154,17 @@ class Worker:
         tokens = round((GRADIENT_COST if job.gradient else 1) * sum(m.tokens for m in measured.values()))
         heads, more = self._heads(job.alphas) if job.heads else ({}, 0)
         return Done(measured, slopes, tokens + more, time.monotonic() - started, heads=heads)
+
+    def _compare(self, job: Job, named: Named, started: float) -> Done:
+        """Score another model on held-back items, and let it go."""
+        try:
+            model = named.load(str(self.live.device))
+            measured = {key: self.tasks[key].measure(model, self.splits[key].held) for key in job.tasks}
+        except (CheckpointError, DataError) as error:
+            return Done({}, {}, 0, time.monotonic() - started, f"{job.model}: {error}")
+        tokens = sum(m.tokens for m in measured.values())
+        found = footprints({"own": model, "merge": self.live.model})
+        return Done(measured, {}, tokens, time.monotonic() - started, footprints=found)
 
     def _heads(self, alphas: Sequence[float]) -> tuple[Mapping[int, list[float]], int]:
         """Jensen-Shannon divergence from the base's attention by depth and head, and forward tokens."""
@@ -187,6 +212,31 @@ class Worker:
             return task.measure(self.live, items), None
         with self.live.differentiable() as gradient:
             return task.measure(self.live, items, backward=lambda loss: loss.backward()), gradient()
+
+
+def check_compared(name: str, named: Named, base: Checkpoint, tokenizer: Any) -> None:
+    """CheckpointError unless the model reads the tokens that the suites are made of."""
+    rows = [c.config.get("vocab_size") for c in (named.checkpoint, base)]
+    own = named.checkpoint.path / "tokenizer.json"
+    if rows[0] != rows[1] or (own.is_file() and named.tokenizer().get_vocab() != tokenizer.get_vocab()):
+        raise CheckpointError(
+            f"compare: {name} ({named.ref}) has another vocabulary than the base, so its scores would be of other "
+            "tokens; only models of one tokenizer can be compared."
+        )
+
+
+def check_tasks(tasks: Mapping[str, Task], compared: Mapping[str, Named]) -> None:
+    """RecipeError for a task that makes no sense for a model it would be asked of."""
+    from arma_mergekit.evals.divergence import DivergenceTask
+
+    counted = {key: task for key, task in tasks.items() if not key.startswith(f"{REGULARIZER}/")}
+    attentive = [key for key, task in counted.items() if isinstance(task, DivergenceTask)]
+    blind = [name for name, named in compared.items() if named.kind == "siamese"]
+    if attentive and blind:
+        raise RecipeError(
+            f"Task {attentive[0]} compares attention, of which the siamese model {blind[0]} has two; leave the task or "
+            "the model out."
+        )
 
 
 def arithmetic() -> dict[str, Any]:

@@ -17,12 +17,14 @@ ROOT = Path(arma_mergekit.__file__).parent
 LAYERS = (
     ("errors", "kernel", "roles", "space", "objective", "digest", "whole"),
     ("checkpoint", "attention", "search", "trials"),
-    ("recipe", "plan", "live", "evals"),
+    ("recipe", "plan", "live", "decode", "evals"),
     ("merge", "method"),
     ("executor",),
-    ("export", "load", "scoring", "verdict", "fingerprint", "cache", "worker", "engines"),
-    ("arms", "tune", "averaging", "difference", "continual", "siamese"),
-    ("plugin", "report", "evaluation", "card", "results", "run", "ci", "gate", "finetune"),
+    ("export", "load", "scoring", "verdict", "fingerprint", "cache"),
+    ("averaging", "difference", "continual", "siamese", "models"),
+    ("worker", "engines"),
+    ("arms", "tune"),
+    ("plugin", "report", "evaluation", "card", "results", "run", "ci", "gate", "finetune", "chat"),
     ("cli", "mergekit_yaml", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

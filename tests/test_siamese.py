@@ -343,7 +343,8 @@ def test_the_suites_see_it_as_a_model_with_a_head():
     lm = CausalLM(model)
     assert lm.anatomy.body == "body"
     h, _ = lm.hidden([[Row(tuple(WORDS[0].tolist()), 1)]])
-    torch.testing.assert_close(lm.head(h), model(WORDS[:, :-1]).logits[0])
+    first = torch.ones(1, 1, dtype=torch.bool)  # a text that is scored whole: its prompt is its first token
+    torch.testing.assert_close(lm.head(h), model(WORDS[:, :-1], prompt_mask=first).logits[0])
 
 
 # ---- the switch ----

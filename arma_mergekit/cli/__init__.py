@@ -21,6 +21,7 @@ __all__ = ["COMMANDS", "main", "tune"]
 MOST_LINES = 40  # of an error
 TERMINATED = 143  # exit code, as shells have it
 COMMANDS = {
+    "chat": "Ask several models the same, and read their answers side by side.",
     "continual": "Fine-tune on one task after another, and measure forgetting.",
     "doctor": "Tell whether mergekit sees `merge_method: arma`, and why not.",
     "merge": "Merge a recipe into a directory, at copy speed.",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from arma_mergekit.cli.log import shown
 from arma_mergekit.report import cautions
+from arma_mergekit.report.markup import compact
 
 if TYPE_CHECKING:
     from arma_mergekit.tune import Result
@@ -19,7 +20,12 @@ def render(result: Result, summary: Mapping[str, Any]) -> str:
     """The table of held-back scores, the verdicts, and what to run next."""
     lines = ["", *scores_table(result), "", *shares_table(result.shares), ""]
     lines += [f"  {verdict.sentence}" for verdict in result.verdicts]
-    lines += [*picks_table(result), "", f"Best on the search items: {result.best.name} (*)."]
+    lines += [
+        *compared_table(result),
+        *picks_table(result),
+        "",
+        f"Best on the search items: {result.best.name} (*).",
+    ]
     if result.best.name in ("base", "fine-tuned"):
         lines.append(f"No average scores higher than {result.best.name} as it is.")
     return "\n".join([*lines, *cautions(summary), f"  {summary['next']}"])
@@ -49,6 +55,25 @@ def shares_table(shares: Mapping[str, Mapping[str, Difference]]) -> list[str]:
         cells = [f"{row[suite].mean:.0%} ± {row[suite].stderr:.0%}" for suite in suites]
         lines.append(f"{f'  {name}':<{first}}" + "".join(f"{cell:>16}" for cell in cells))
     return lines
+
+
+def compared_table(result: Result) -> list[str]:
+    """What answering costs other models and the best merge, and how that fares against each."""
+    if not result.compared:
+        return []
+    rows = [(f"{result.best.name}, or any merge", found.merge, 1.0) for found in result.compared[:1]]
+    rows += [
+        (found.guest.name, found.own, found.own.tokens_per_second / found.merge.tokens_per_second)
+        for found in result.compared
+    ]
+    first = max(28, *(len(name) + 3 for name, _, _ in rows))
+    heads = ("tokens/s", "of a merge's", "weights", "cache per token")
+    lines = ["", f"{'Other models':<{first}}" + "".join(f"{head:>16}" for head in heads)]
+    for name, cost, ratio in rows:
+        sizes = (f"{compact(cost.weight_bytes)}B", f"{compact(cost.cache_bytes)}B")
+        cells = (f"{cost.tokens_per_second:.1f}", f"{ratio:.2f}", *sizes)
+        lines.append(f"{f'  {name}':<{first}}" + "".join(f"{cell:>16}" for cell in cells))
+    return [*lines, "", *(f"  {found.verdict.sentence}" for found in result.compared)]
 
 
 def picks_table(result: Result) -> list[str]:

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +103,12 @@ cache_option = click.option(
 )
 @click.option("--rest", help="Space of everything else: the same words, base, finetuned or a number.")
 @click.option("--bounds", type=(float, float), metavar="LOW HIGH", help="Range of every alpha.")
+@click.option(
+    "--compare",
+    multiple=True,
+    metavar="NAME=MODEL",
+    help="Score another model too, beside the merges; again for each.",
+)
 @click.option("--allow-test-sets", is_flag=True, default=None, help="Steer by well-known test sets too.")
 @cache_option
 @click.option(
@@ -205,7 +211,7 @@ def publish(publisher: Publisher, summary: Mapping[str, Any], out: Path) -> int:
 
 
 def quiet_libraries() -> None:
-    """Before torch is imported: idle OpenMP threads that spin cost more than they give on few cores."""
+    """Before torch is imported: idle OpenMP threads that spin cost more than they give on few cores; and no chatter."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -254,7 +260,7 @@ def recipe_name(path: Path) -> str:
 
 def adjust(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     """The recipe with what the command line says instead."""
-    given = {key: value for key, value in overrides.items() if value is not None}
+    given = {key: value for key, value in overrides.items() if value not in (None, ())}
     changes: dict[str, Any] = {k: given[k] for k in ("searchers", "trials", "allow_test_sets") if k in given}
     if "seeds" in given:
         changes["seeds"] = [whole_number(seed) for seed in given["seeds"]]
@@ -267,6 +273,8 @@ def adjust(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
         raise UsageError("--keep needs --maximize: which suite should rise while the other is kept?")
     if ways:
         changes["objective"] = ways | ({"keep": given["keep"]} if "keep" in given else {})
+    if "compare" in given:
+        changes["compare"] = {**recipe.tune.compare, **named_models(given["compare"])}
     space = {key: given[key] for key in ("groups", "rest", "bounds") if key in given}
     if space:
         before = (recipe.raw.get("tune") or {}).get("space") or {}
@@ -274,6 +282,14 @@ def adjust(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
         if "rest" in space:
             changes["space"]["rest"] = number(space["rest"])
     return recipe.with_tune(changes)
+
+
+def named_models(texts: Sequence[str]) -> dict[str, str]:
+    """`NAME=MODEL` of each."""
+    pairs = [text.partition("=") for text in texts]
+    if wrong := [text for text, (name, _, ref) in zip(texts, pairs, strict=True) if not (name and ref)]:
+        raise UsageError(f"--compare takes NAME=MODEL, as in siamese=path/to/model, but got {wrong[0]!r}.")
+    return {name: ref for name, _, ref in pairs}
 
 
 def whole_number(text: str) -> int:

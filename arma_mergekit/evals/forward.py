@@ -13,11 +13,15 @@ arXiv:1604.06174). Of a model that cannot be taken apart so, h are the logits an
 Rows are padded on the right: a causal model never looks there, so no mask is needed. The rows of an item share a
 prompt: its first tokens pass once, and their keys and values serve every row. All items of a batch share equally many,
 so that needs no mask either, only a cache of plain keys and values; without one, every row passes in full.
+
+A model whose forward takes ``prompt_mask`` (siamese) is told which tokens are the prompt: those before the scored ones,
+which of a text that is scored whole is its first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+
+from arma_mergekit.decode import stops
 
 if TYPE_CHECKING:
     from arma_mergekit.evals.rows import Row
@@ -91,13 +97,15 @@ class Anatomy:
     """How a causal LM comes apart.
 
     ``body``: name of the module below the head, None if it does not come apart; ``output``: class of what that
-    returns; ``caches``: whether its cache holds plain keys and values; ``vocabulary``: V.
+    returns; ``caches``: whether its cache holds plain keys and values; ``vocabulary``: V; ``prompted``: whether it is
+    told what the prompt is.
     """
 
     body: str | None
     output: type
     caches: bool
     vocabulary: int
+    prompted: bool
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
@@ -122,8 +130,7 @@ class CausalLM:
     @property
     def stops(self) -> set[int]:
         """Tokens that end a text, by the model's generation settings."""
-        ends = getattr(getattr(self.module, "generation_config", None), "eos_token_id", None)
-        return {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
+        return stops(self.module)
 
     @property
     def vocabulary(self) -> int:
@@ -143,40 +150,59 @@ class CausalLM:
 
         The ``shared`` first tokens of each item pass once (`batches`).
         """
-        inputs = [(i, row.inputs) for i, rows in enumerate(items) for row in rows]
+        inputs = [(i, row.inputs, row.start) for i, rows in enumerate(items) for row in rows]
         distinct = {given: k for k, given in enumerate(dict.fromkeys(inputs))}
         cache = None
         if shared:
             cache = self._body(self._ids([rows[0].tokens[:shared] for rows in items])).past_key_values
-            cache.batch_select_indices(torch.tensor([i for i, _ in distinct], device=self.module.device))
-        ids = self._ids([tokens[shared:] for _, tokens in distinct])
+            chosen = [i for i, _, _ in distinct]
+            cache.batch_select_indices(torch.tensor(chosen, device=self.module.device))
+        ids = self._ids([tokens[shared:] for _, tokens, _ in distinct])
         rows = [row for rows in items for row in rows]
         places = [
             (distinct[given], p - shared) for given, row in zip(inputs, rows, strict=True) for p in row.places
         ]
-        return self._at(ids, places, cache), cost(items, shared)
+        starts = [start for _, _, start in distinct]
+        return self._at(ids, places, cache, self._prompts(starts)), cost(items, shared)
+
+    def _prompts(self, lengths: Sequence[int]) -> Mapping[str, Tensor]:
+        """How many tokens of each row are its prompt, as the model is told."""
+        if not self.anatomy.prompted:
+            return {}
+        places = torch.arange(max(lengths), device=self.module.device)
+        return {"prompt_mask": places < torch.tensor(lengths, device=self.module.device)[:, None]}
 
     def _ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
         longest = max(map(len, rows))
         padded = [(*row, *[row[-1]] * (longest - len(row))) for row in rows]  # any token will do
         return torch.tensor(padded, device=self.module.device)
 
-    def _at(self, ids: Tensor, places: Sequence[tuple[int, int]], cache: Any = None) -> Tensor:
+    def _at(
+        self,
+        ids: Tensor,
+        places: Sequence[tuple[int, int]],
+        cache: Any = None,
+        prompts: Mapping[str, Tensor] = {},
+    ) -> Tensor:
         """Hidden states (P, d) at places (row, column) of ids (B, T)."""
         columns = sorted({column for _, column in places})
         kept = torch.tensor(columns, device=ids.device)
         if self.anatomy.body is None:
-            found = self.module(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
+            found = self.module(input_ids=ids, logits_to_keep=kept, use_cache=False, **prompts).logits
         else:
-            found = self._body(ids, cache, use_cache=cache is not None).last_hidden_state[:, kept]
+            use_cache = cache is not None
+            found = self._body(ids, cache, use_cache, prompts).last_hidden_state[:, kept]
         slot = {column: k for k, column in enumerate(columns)}
         chosen: Tensor = found[[row for row, _ in places], [slot[column] for _, column in places]]
         return chosen
 
-    def _body(self, ids: Tensor, cache: Any = None, use_cache: bool = True) -> Any:
+    def _body(
+        self, ids: Tensor, cache: Any = None, use_cache: bool = True, prompts: Mapping[str, Tensor] = {}
+    ) -> Any:
         past = {} if cache is None else {"past_key_values": cache}
+        body = getattr(self.module, str(self.anatomy.body))
         with _WideAttention():
-            return getattr(self.module, str(self.anatomy.body))(input_ids=ids, use_cache=use_cache, **past)
+            return body(input_ids=ids, use_cache=use_cache, **past, **prompts)
 
     @torch.no_grad()
     def greedy(
@@ -190,10 +216,10 @@ class CausalLM:
         rows = [list(prompt) for prompt in prompts]
         said: list[list[int]] = [[] for _ in prompts]
         waiting, cache, fed, spent = set(range(len(rows))), None, 0, 0
-        known = min(map(len, rows))
+        known, mask = min(map(len, rows)), self._prompts([len(row) for row in rows])
         while waiting:
             ids = torch.tensor([row[fed:known] for row in rows], device=self.module.device)
-            best, cache = self._next(ids, cache)
+            best, cache = self._next(ids, cache, mask)
             fed, spent = known if self.caches else 0, spent + ids.numel()
             for i in (i for i, row in enumerate(rows) if len(row) == known):  # its prompt is used up
                 rows[i].append(best[i])
@@ -204,13 +230,13 @@ class CausalLM:
             known += 1
         return said, spent
 
-    def _next(self, ids: Tensor, cache: Any) -> tuple[list[int], Any]:
+    def _next(self, ids: Tensor, cache: Any, prompts: Mapping[str, Tensor]) -> tuple[list[int], Any]:
         """Most likely token after each row of ids (B, T), and the cache that now holds them."""
         if self.caches:
-            output = self._body(ids, cache)
+            output = self._body(ids, cache, prompts=prompts)
             h, cache = output.last_hidden_state[:, -1], output.past_key_values
         else:
-            h = self._at(ids, [(k, ids.shape[1] - 1) for k in range(len(ids))])
+            h = self._at(ids, [(k, ids.shape[1] - 1) for k in range(len(ids))], None, prompts)
         return self.head(h).argmax(-1).tolist(), cache
 
 
@@ -265,7 +291,8 @@ def _examine(module: Any) -> Anatomy:
     ids = torch.tensor([[1, 0, 2, 1]], device=module.device)
     whole = module(input_ids=ids, use_cache=False).logits[0]
     body = getattr(module, module.base_model_prefix, None)
-    apart = Anatomy(None, object, False, whole.shape[-1])
+    prompted = "prompt_mask" in inspect.signature(module.forward).parameters
+    apart = Anatomy(None, object, False, whole.shape[-1], prompted)
     if body is None:
         return apart
     output = body(input_ids=ids, use_cache=False)
@@ -273,14 +300,15 @@ def _examine(module: Any) -> Anatomy:
     if h is None or h.shape[:2] != ids.shape:
         return apart
     cache = getattr(body(input_ids=ids, use_cache=True), "past_key_values", None)
-    found = Anatomy(module.base_model_prefix, type(output), _is_plain(cache), whole.shape[-1])
+    found = Anatomy(module.base_model_prefix, type(output), _is_plain(cache), whole.shape[-1], prompted)
     return found if torch.equal(_head(module, found, {}, h[0]), whole) else apart
 
 
 def _is_plain(cache: Any) -> bool:
-    """Whether a cache holds keys and values only (no recurrent or convolutional states)."""
+    """Whether a cache, or both sides of a siamese one, holds keys and values only (no recurrent states)."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    return type(cache) is DynamicCache and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    sides = [getattr(cache, side, cache) for side in ("base", "tuned")]
+    return all(type(side) is DynamicCache for side in sides) and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for side in sides for layer in side.layers
     )

@@ -29,6 +29,8 @@ from arma_mergekit.space import WORDS
 
 __all__ = ["Objective", "Regularizer", "TuneConfig"]
 
+NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,39}", re.ASCII)
+TAKEN = ("base", "fine-tuned", "finetuned", "merged", "safest", "knee")
 WAYS = ("balance", "maximize", "sum", "pareto")
 GROUP = re.compile(r"(global|kind|layer|tensor|block:[1-9]\d*)(:qkvo)?|kernel|everything", re.ASCII)
 REST_WORDS = (*(word for word in WORDS if word != "everything"), *REST, "a number")
@@ -172,9 +174,19 @@ class Regularizer(Strict):
         return {"divergence": options}
 
 
+def _compared(models: dict[str, str]) -> dict[str, str]:
+    for name in models:
+        if not NAME.fullmatch(name):
+            raise ValueError(f": a name is up to 40 letters, digits, `.`, `_` and `-`, but got {name!r}.")
+        if name in (*TAKEN, *SEARCHERS):
+            raise ValueError(f": {name} is what the run calls one of its own candidates; take another name.")
+    return models
+
+
 class TuneConfig(Strict):
     """One run. ``trials`` is the budget of each arm, an arm being a searcher with a seed.
 
+    ``compare``: other models by name (references as under `models`), scored once on the items held back.
     ``keep_weak``: steer by tasks too that do not separate base from fine-tuned. ``rung`` = n: candidates are scored on
     a fixed n-th of the search items first, 1: on all at once. ``allow_test_sets``: steer by well-known test sets too.
     """
@@ -193,3 +205,6 @@ class TuneConfig(Strict):
     keep_weak: bool = False
     rung: PositiveInt = 4
     allow_test_sets: bool = False
+    compare: Annotated[dict[str, Annotated[str, Field(min_length=1)]], AfterValidator(_compared)] = Field(
+        default_factory=dict
+    )

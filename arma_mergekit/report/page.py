@@ -22,7 +22,7 @@ SHELL = Template((files(__package__) / "page.html").read_text(encoding="utf-8"))
 
 def render(summary: Record, trials: Trials) -> str:
     """The page. ``summary``: summary.json; ``trials``: records of the journal; any part of either may be missing."""
-    makers = (tradeoff, alphas, regret, tasks, divergence, cost, reproduce)
+    makers = (tradeoff, compared, alphas, regret, tasks, divergence, cost, reproduce)
     body = join([verdict(summary), *(make(summary, trials) for make in makers)])
     return SHELL.substitute(title=join([words.headline(summary)]), chart_css=svg.CSS, body=body)
 
@@ -111,6 +111,36 @@ def tradeoff(summary: Record, trials: Trials) -> Markup | None:
         )
     shown = table([list(map(heading, heads))], rows)
     return section("What is kept", caption, figures(panels(summary, trials)), shown)
+
+
+def compared(summary: Record, _: Trials) -> Markup | None:
+    """The best merge against models that are no merges: what they keep, what answering costs, and who wins."""
+    found, names = summary.get("compared") or (), data.suites(summary)
+    if not found:
+        return None
+    best = summary.get("best", "")
+    rows = [_costing(summary, best, "any merge", found[0]["merge"], 1.0)]
+    for c in found:
+        speed = c["own"]["tokens_per_second"] / c["merge"]["tokens_per_second"]
+        rows.append(_costing(summary, c["name"], f"{c['kind']} {c['model']}", c["own"], speed))
+    costs = ("tokens/s", "of a merge's", "weights", "cache per token")
+    heads = ["model", *(f"{suite} kept, held back" for suite in names), *costs]
+    caption = (
+        "Scored once on the held-back items. Speed is greedy decoding of one text on the machine of the run, in turns "
+        "with a merge; every merge costs what the base does."
+    )
+    notes = [tag("p", c["verdict"]["sentence"]) for c in found]
+    return section("Against other models", caption, notes, table([list(map(heading, heads))], rows))
+
+
+def _costing(summary: Record, name: str, what: str, cost: Record, speed: float) -> list[Child]:
+    """A row: what a candidate keeps, and what answering costs."""
+    c = data.candidate(summary, name)
+    errors = c.get("share_stderr", {})
+    kept = [percent(c["share_kept"].get(s), errors.get(s)) for s in data.suites(summary)]
+    sizes = [f"{compact(cost['weight_bytes'])}B", f"{compact(cost['cache_bytes'])}B"]
+    told = join([named(summary, c), tag("small", what)])
+    return [told, *kept, f"{cost['tokens_per_second']:.1f}", f"{speed:.2f}", *sizes]
 
 
 def alphas(summary: Record, _: Trials) -> Markup | None:
