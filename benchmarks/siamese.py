@@ -129,7 +129,7 @@ class Bench:
             planned = plan(Recipe.load(self.args.run / "tuned.yml")).check()
             return {tensor.name: tensor.alphas[0] for tensor in planned.tensors}
         recipe = self.recipe.with_tune(
-            {"searchers": ["gradient"], "trials": self.args.trials, "holdout": self.recipe.tune.holdout}
+            {"searchers": ["gradient"], "trials": self.args.trials, "keep_weak": self.args.limit is not None}
         )
         with tuned(recipe, self.args.out / "tune") as (_, result):
             return dict(result.best.alphas)
