@@ -183,10 +183,14 @@ class Cast:
         if not wanted or self.recipe is None:
             return
         tokenizer, loaded = pair_tokenizer(self.recipe), load_live(self.recipe)
+        live = loaded.live
+        merges = [name for name in wanted if isinstance(self.alphas[name], Mapping)]
         for name in wanted:
             given = self.alphas[name]
             alphas = [given[t] if isinstance(given, Mapping) else given for t in loaded.tensors]
-            yield Voice(name, loaded.live.at(alphas), tokenizer)
+            if name in merges[-1:]:  # the live model's own memory is there anyway
+                live.set(alphas)
+            yield Voice(name, live.model if name in merges[-1:] else live.at(alphas), tokenizer)
 
     def _sides(self, wanted: Sequence[str]) -> Iterator[Voice]:
         """Voices of the siamese model."""
