@@ -3,8 +3,8 @@
     python benchmarks/siamese.py --run runs/icd10 --out runs/siamese-bench
 
 Gates are trained on the frozen adapter, on diagnosis codes that no suite asks for; rows "+ prose" on as many examples,
-a third of them passages of builtin:prose, since codes alone give a gate no reason to keep anything else. Every row is
-scored on the held-back items of the recipe's suites, with fewer of them (common.py), and decodes in turns with a
+a third of them documentation of Python's modules, since codes alone give a gate no reason to keep anything else. Every
+row is scored on the held-back items of the recipe's suites, with fewer of them (common.py), and decodes in turns with a
 merge. Without --run the merge is tuned here (`gradient`, --trials evaluations). A line of results.jsonl per row and
 seed: started again, it computes only what is missing. Sized for 25 minutes on one idle core.
 
@@ -18,6 +18,8 @@ seed: started again, it computes only what is missing. Sized for 25 minutes on o
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib.util
 import json
 import random
 import sys
@@ -38,7 +40,6 @@ from arma_mergekit.siamese import SiameseConfig, SiameseForCausalLM
 from arma_mergekit.verdict import kept
 from arma_mergekit.worker import Worker
 
-PROSE = ICD10.parents[1] / "arma_mergekit" / "evals" / "prose.jsonl"
 PASSAGE = 400  # characters of a passage
 Row = Mapping[str, Any]
 
@@ -165,11 +166,15 @@ class Bench:
 
 
 def passages() -> list[str]:
-    """Pieces of the packaged prose, of which no suite of the recipe has any."""
-    texts = [json.loads(line)["text"] for line in PROSE.read_text(encoding="utf-8").splitlines()]
-    asked = (ICD10 / "data" / "general.jsonl").read_text(encoding="utf-8")
-    pieces = [t[k : k + PASSAGE] for t in texts for k in range(0, len(t) - PASSAGE, PASSAGE)]
-    return [piece for piece in pieces if json.dumps(piece[:80])[1:-1] not in asked]
+    """Openings of what the modules of Python's standard library say of themselves: text that no suite has."""
+    found = []
+    for name in sorted(sys.stdlib_module_names):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+            continue
+        text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+        found += [text[:PASSAGE]] if len(text) >= PASSAGE else []
+    return found
 
 
 def rows(results: Mapping[str, Sequence[Row]], weights: Mapping[str, float]) -> Iterator[list[str]]:
