@@ -195,6 +195,9 @@ def ctrl_c(monkeypatch):
 
     plain_step = Decoder.step
     monkeypatch.setattr(Decoder, "step", step)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_chat(recipe, ctrl_c, monkeypatch, capsys):

@@ -28,7 +28,7 @@ COMMANDS = {
     "finetune": "Fine-tune a model, whole or through an adapter.",
     "gate": "Tell whether a merged checkpoint scores what was promised.",
     "lora": "Write a CURLoRA adapter as a LoRA adapter that does the same.",
-    "inspect": "Show where two models differ, or what a siamese model's gate does.",
+    "inspect": "Show where two models differ, or what a siamese gate does.",
     "plan": "Show what a recipe does to every tensor, reading headers only.",
     "report": "Write the HTML report of a tuning run again.",
     "reproduce": "Merge again what a lock describes, and compare.",
