@@ -140,7 +140,7 @@ class Bench:
         base, _, adapter = self.adapter.partition("+")
         if not gate.trained:
             return SiameseForCausalLM.from_parts(base, adapter, SiameseConfig(gate.mode))
-        out = self.args.out / f"{name.replace(' ', '-')}-{seed}"
+        out = self.args.out / f"{name.replace(' + ', '-').replace(' ', '-')}-{seed}"  # a plus sign would name an adapter
         settings = Settings(
             self.adapter, self.data(gate.prose), "siamese", steps=self.args.steps, batch=self.args.batch,
             length=128, seed=seed, gate=GateSettings(gate.mode),
