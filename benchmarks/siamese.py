@@ -140,7 +140,8 @@ class Bench:
         base, _, adapter = self.adapter.partition("+")
         if not gate.trained:
             return SiameseForCausalLM.from_parts(base, adapter, SiameseConfig(gate.mode))
-        out = self.args.out / f"{name.replace(' + ', '-').replace(' ', '-')}-{seed}"  # a plus sign would name an adapter
+        words = name.replace(" + ", " ").split()  # a plus sign would name an adapter
+        out = self.args.out / f"{'-'.join(words)}-{seed}"
         settings = Settings(
             self.adapter, self.data(gate.prose), "siamese", steps=self.args.steps, batch=self.args.batch,
             length=128, seed=seed, gate=GateSettings(gate.mode),
