@@ -3,7 +3,8 @@
     python benchmarks/siamese.py --run runs/icd10 --out runs/siamese-bench
 
 Gates are trained on the frozen adapter, on diagnosis codes that no suite asks for; rows "+ prose" on as many examples,
-a third of them passages of builtin:prose, since codes alone give a gate no reason to keep anything else. Every row is
+a third of them paragraphs of Python's manual, since codes alone give a gate no reason to keep anything else (the
+packaged prose is what the suites score). Every row is
 scored on the held-back items of the recipe's suites, with fewer of them (common.py), and decodes in turns with a
 merge. Without --run the merge is tuned here (`gradient`, --trials evaluations). A line of results.jsonl per row and
 seed: started again, it computes only what is missing. Sized for 25 minutes on one idle core.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -38,8 +40,7 @@ from arma_mergekit.siamese import SiameseConfig, SiameseForCausalLM
 from arma_mergekit.verdict import kept
 from arma_mergekit.worker import Worker
 
-PROSE = ICD10.parents[1] / "arma_mergekit" / "evals" / "prose.jsonl"
-PASSAGE = 400  # characters of a passage
+PROSE = re.compile(r"[A-Z][^=<>_{}\[\]*`|]{150,600}\.")  # a paragraph that is no code
 Row = Mapping[str, Any]
 
 
@@ -139,7 +140,7 @@ class Bench:
         base, _, adapter = self.adapter.partition("+")
         if not gate.trained:
             return SiameseForCausalLM.from_parts(base, adapter, SiameseConfig(gate.mode))
-        out = self.args.out / f"{name.replace(' ', '-')}-{seed}"
+        out = self.args.out / re.sub(r"\W+", "-", f"{name} {seed}")
         settings = Settings(
             self.adapter, self.data(gate.prose), "siamese", steps=self.args.steps, batch=self.args.batch,
             length=128, seed=seed, gate=GateSettings(gate.mode),
@@ -165,11 +166,11 @@ class Bench:
 
 
 def passages() -> list[str]:
-    """Pieces of the packaged prose, of which no suite of the recipe has any."""
-    texts = [json.loads(line)["text"] for line in PROSE.read_text(encoding="utf-8").splitlines()]
-    asked = (ICD10 / "data" / "general.jsonl").read_text(encoding="utf-8")
-    pieces = [t[k : k + PASSAGE] for t in texts for k in range(0, len(t) - PASSAGE, PASSAGE)]
-    return [piece for piece in pieces if json.dumps(piece[:80])[1:-1] not in asked]
+    """Paragraphs of Python's own manual, as the standard library has it: no suite has any of them."""
+    from pydoc_data.topics import topics
+
+    paragraphs = (" ".join(part.split()) for text in topics.values() for part in text.split("\n\n"))
+    return [p for p in paragraphs if PROSE.fullmatch(p)]
 
 
 def rows(results: Mapping[str, Sequence[Row]], weights: Mapping[str, float]) -> Iterator[list[str]]:
