@@ -119,7 +119,7 @@ def verdict_summary(verdict: Verdict) -> dict[str, Any]:
 
 
 def compared_summary(found: Compared) -> dict[str, Any]:
-    """A model that the best merge was compared with, as JSON; its scores are among the candidates."""
+    """A model that was compared with the best merge, as JSON; its scores are among the candidates."""
     return {
         "name": found.guest.name,
         "model": found.guest.ref,

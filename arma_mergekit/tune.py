@@ -86,7 +86,7 @@ class Guest:
 
 @dataclass(frozen=True)
 class Compared:
-    """How the best merge fares against a guest, which is a candidate without alphas.
+    """How a guest, which is a candidate without alphas, fares against the best merge.
 
     ``own``, ``merge``: what answering costs the guest and any merge, measured in turns.
     """
@@ -455,7 +455,7 @@ class Tuner:
     ) -> Compared:
         record = self.journal[guest_key(guest)]
         candidate = Candidate(guest.name, {}, None, held=load(record["held"]))
-        verdict = compare(best.name, best.held, guest.name, candidate.held, base, tuned, weights)
+        verdict = compare(guest.name, candidate.held, best.name, best.held, base, tuned, weights)
         own, merge = (Footprint(**record["footprints"][side]) for side in ("own", "merge"))
         return Compared(guest, candidate, verdict, own, merge)
 

@@ -84,11 +84,11 @@ def test_the_summary_says_what_answering_costs(compared):
     assert 2 <= both < 2.2  # two caches, and the prompt's mean
     assert siamese["own"]["weight_bytes"] > siamese["merge"]["weight_bytes"]
     assert siamese["own"]["tokens_per_second"] < siamese["merge"]["tokens_per_second"]
-    assert siamese["verdict"]["rival"] == "siamese"
-    assert siamese["verdict"]["name"] == summary(out)["best"]
+    assert siamese["verdict"]["name"] == "siamese"
+    assert siamese["verdict"]["rival"] == summary(out)["best"]
 
 
-def test_terminal_and_report_tell_how_the_best_fares_against_each(compared):
+def test_terminal_and_report_tell_how_each_fares_against_the_best(compared):
     out, result = compared
     page = (out / "report.html").read_text()
     for found in summary(out)["compared"]:

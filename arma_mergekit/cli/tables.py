@@ -58,7 +58,7 @@ def shares_table(shares: Mapping[str, Mapping[str, Difference]]) -> list[str]:
 
 
 def compared_table(result: Result) -> list[str]:
-    """What answering costs other models and the best merge, and how that fares against each."""
+    """What answering costs other models and a merge, and how each fares against the best one."""
     if not result.compared:
         return []
     rows = [(f"{result.best.name}, or any merge", found.merge, 1.0) for found in result.compared[:1]]

@@ -114,7 +114,7 @@ def tradeoff(summary: Record, trials: Trials) -> Markup | None:
 
 
 def compared(summary: Record, _: Trials) -> Markup | None:
-    """The best merge against models that are no merges: what they keep, what answering costs, and who wins."""
+    """Models that are no merges against the best merge: what they keep, what answering costs, and who wins."""
     found, names = summary.get("compared") or (), data.suites(summary)
     if not found:
         return None
