@@ -39,7 +39,7 @@ from arma_mergekit.decode import stops
 if TYPE_CHECKING:
     from arma_mergekit.evals.rows import Row
 
-__all__ = ["CausalLM", "batches", "by_chunk", "cost", "shared_length"]
+__all__ = ["CausalLM", "batches", "by_chunk", "calling", "cost", "shared_length"]
 
 CHUNK_LOGITS = 1 << 22  # 16 MiB of float32, of which a loss and its gradient need a handful
 
@@ -264,7 +264,8 @@ def _head(module: nn.Module, anatomy: Anatomy, weights: Mapping[str, Tensor], h:
     if anatomy.body is None:
         return h
     inputs = {"input_ids": torch.zeros(1, len(h), dtype=torch.long, device=h.device), "use_cache": False}
-    with _returning(getattr(module, anatomy.body), anatomy.output(last_hidden_state=h[None])):
+    output = anatomy.output(last_hidden_state=h[None])
+    with calling(getattr(module, anatomy.body), lambda *_, **__: output):
         output = (
             torch.func.functional_call(module, dict(weights), (), inputs) if weights else module(**inputs)
         )
@@ -273,10 +274,10 @@ def _head(module: nn.Module, anatomy: Anatomy, weights: Mapping[str, Tensor], h:
 
 
 @contextlib.contextmanager
-def _returning(module: nn.Module, output: Any) -> Iterator[None]:
-    """Within the block, the module returns this, whatever it is given."""
+def calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, the module's forward is this."""
     before = vars(module).get("forward")
-    module.forward = lambda *_, **__: output
+    module.forward = forward
     try:
         yield
     finally:

@@ -10,9 +10,8 @@ caps. It knows transformers' causal LMs, caches and the gate; no adapters, files
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,26 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from arma_mergekit.errors import CheckpointError
+from arma_mergekit.evals.forward import calling
 from arma_mergekit.siamese.cache import Query, SiameseCache, checked
 from arma_mergekit.siamese.config import SiameseConfig
 from arma_mergekit.siamese.gate import Gate, mix
 
-__all__ = ["SiameseBody", "calling", "find_decoder"]
+__all__ = ["SiameseBody", "find_decoder"]
 
 Run = Callable[..., Any]
-
-
-@contextlib.contextmanager
-def calling(module: nn.Module, forward: Run) -> Iterator[None]:
-    """Within the block, the module's forward is this."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 @torch.no_grad()

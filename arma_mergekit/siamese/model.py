@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from arma_mergekit.errors import CheckpointError
-from arma_mergekit.siamese.body import SiameseBody, calling, find_decoder
+from arma_mergekit.evals.forward import calling
+from arma_mergekit.siamese.body import SiameseBody, find_decoder
 from arma_mergekit.siamese.cache import SiameseCache, checked
 from arma_mergekit.siamese.config import SiameseConfig
 from arma_mergekit.siamese.gate import mix
