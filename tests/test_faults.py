@@ -640,7 +640,7 @@ HOSTILE = {
     "adapter refused in depth": (adapter_says(modules_to_save=json.loads("[" * 500 + "]" * 500)), "modules_to_save"),
     "YAML bomb": (recipe_says(BOMB), "aliases"),
     "YAML tag": (parameter("alpha: !!python/object/apply:os.system [ls]"), "tag .* is refused"),
-    "YAML nested deep": (parameter("alpha: " + "[" * 5000), "nested deeper|nesting depth"),
+    "YAML nested deep": (parameter("alpha: " + "[" * 5000), "nested deeper"),
     "YAML number of 600 kB in base 60": (parameter("alpha: 1" + ":1" * 300_000), "number"),
     "YAML number of 5,000 hex digits": (recipe_says(f"merge_method: 0x{'f' * 5000}"), "number|merge_method"),
     "YAML of 2 MB": (recipe_says("a: " + "x" * 2_000_000), "larger than"),

@@ -596,7 +596,7 @@ def test_a_list_whose_entries_are_wrong_is_not_called_empty_as_well(refuse):
         ("[1, 2]: 1", "a list or mapping"),
         ("a: &a [*a]", "aliases multiply"),
         ("a: " + "[" * 50 + "]" * 50, "nested deeper than 30"),
-        ("a: " + "[" * 100_000, "nested deeper than 30|maximum nesting depth"),  # ours, or newer libyaml's
+        ("a: " + "[" * 100_000, "nested deeper than 30"),
         ("a: &x 1\nb: [" + "*x, " * 100 + "]", "more than 64 aliases"),
         ("a: 2024-99-99", "cannot be read"),
         ("a: '\x00'", "no valid YAML"),

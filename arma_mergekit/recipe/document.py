@@ -35,6 +35,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         _check_nodes(node, path)
         content = loader.construct_document(node)
     except yaml.YAMLError as error:
+        if "nesting depth" in _reason(error):  # libyaml's own limit, which it meets while it looks ahead
+            raise _too_deep(path, _place(error)) from error
         raise RecipeError(f"{path} is no valid YAML{_place(error)}: {_reason(error)}.") from error
     except (ValueError, OverflowError) as error:  # a date or number that no Python value can hold
         raise RecipeError(f"{path} holds a value that cannot be read: {error}.") from error
@@ -76,9 +78,11 @@ def _check_events(events: Iterator[yaml.Event], path: Path) -> None:
         if aliases > ALIAS_LIMIT:
             raise RecipeError(f"{path}, line {line}: more than {ALIAS_LIMIT} aliases; write the values out.")
         if depth > DEPTH_LIMIT:
-            raise RecipeError(
-                f"{path}, line {line}: nested deeper than {DEPTH_LIMIT} levels, which no recipe is."
-            )
+            raise _too_deep(path, f", line {line}")
+
+
+def _too_deep(path: Path, place: str) -> RecipeError:
+    return RecipeError(f"{path}{place}: nested deeper than {DEPTH_LIMIT} levels, which no recipe is.")
 
 
 def _check_nodes(node: yaml.Node | None, path: Path) -> None:
