@@ -24,7 +24,7 @@ from arma_mergekit.cli.inspect import bars, command, render
 from arma_mergekit.errors import CheckpointError, RunError
 from arma_mergekit.report import heatmap
 from arma_mergekit.report.inspect import render as render_page
-from arma_mergekit.report.inspect import write_page
+from arma_mergekit.report.page import write_page
 
 
 def inspect(*arguments):
@@ -288,7 +288,7 @@ def test_any_difference_has_a_table_and_a_page(layers, heads, data, stack, skipp
 
 def test_a_page_that_cannot_be_written_is_one_sentence(toys, tmp_path):
     with pytest.raises(RunError, match=r"Cannot write .*nowhere/x.html: No such file"):
-        write_page(toys[1], tmp_path / "nowhere" / "x.html")
+        write_page(render_page(toys[1]), tmp_path / "nowhere" / "x.html")
     assert not list(tmp_path.iterdir())
 
 

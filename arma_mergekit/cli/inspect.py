@@ -82,9 +82,10 @@ def command(
     found = summary(*models, weights, attention)
     click.echo(json.dumps(found, indent=2, allow_nan=False) if as_json else render(found))
     if html is not None:
-        from arma_mergekit.report.inspect import write_page
+        from arma_mergekit.report.inspect import render as render_page
+        from arma_mergekit.report.page import write_page
 
-        click.echo(write_page(found, html), err=as_json)
+        click.echo(write_page(render_page(found), html), err=as_json)
     return 0
 
 
@@ -106,9 +107,10 @@ def siamese(
     found = {"model": str(path), **diagnose(model, tasks)}
     click.echo(json.dumps(found, indent=2, allow_nan=False) if as_json else gate(found, conclusion(found)))
     if html is not None:
-        from arma_mergekit.report.siamese import write_page
+        from arma_mergekit.report.page import write_page
+        from arma_mergekit.report.siamese import render as render_page
 
-        click.echo(write_page(found, html), err=as_json)
+        click.echo(write_page(render_page(found), html), err=as_json)
     return 0
 
 

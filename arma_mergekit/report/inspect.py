@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from arma_mergekit.errors import RunError
 from arma_mergekit.report import charts, heatmap, svg
 from arma_mergekit.report.heatmap import HeatMap, Row, number
 from arma_mergekit.report.markup import Markup, compact, join, percent, tag
 from arma_mergekit.report.page import SHELL, heading, section, table
-from arma_mergekit.whole import write_whole
 
-__all__ = ["render", "write_page"]
+__all__ = ["render"]
 
 Record = Mapping[str, Any]
 
 UNITS = {"js": "nats", "kl": "nats", "emd": "key positions"}
 ROW, ALL_ROWS = 26, 400  # height of one, and of all where they are many; pixels
-
-
-def write_page(found: Record, path: Path) -> Path:
-    """Write the page, whole or not at all; RunError if it cannot be written."""
-    try:
-        write_whole({path: render(found)})
-    except OSError as error:
-        raise RunError(
-            f"Cannot write {path}: {error.strerror}. Make room, or give another --html."
-        ) from error
-    return path
 
 
 def render(found: Record) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from string import Template
 from typing import Any
 
+from arma_mergekit.errors import RunError
 from arma_mergekit.report import charts, data, svg, words
 from arma_mergekit.report.markup import Child, Markup, compact, duration, join, percent, score, tag
 from arma_mergekit.report.pareto import looks, panels
+from arma_mergekit.whole import write_whole
 
 __all__ = ["render"]
 
@@ -280,3 +283,14 @@ def _flat(value: Any) -> Child:
     return (
         ", ".join(map(str, value)) if isinstance(value, list) else None if value in (None, "") else str(value)
     )
+
+
+def write_page(page: str, path: Path) -> Path:
+    """Write a page, whole or not at all; RunError if it cannot be written."""
+    try:
+        write_whole({path: page})
+    except OSError as error:
+        raise RunError(
+            f"Cannot write {path}: {error.strerror}. Make room, or give another --html."
+        ) from error
+    return path

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from arma_mergekit.errors import RunError
 from arma_mergekit.report import svg
 from arma_mergekit.report.heatmap import number
 from arma_mergekit.report.markup import Markup, join, tag
 from arma_mergekit.report.page import SHELL, figures, heading, section, table
 from arma_mergekit.report.svg import SHAPES, Axis, Look
-from arma_mergekit.whole import write_whole
 
-__all__ = ["conclusion", "render", "write_page"]
+__all__ = ["conclusion", "render"]
 
 Record = Mapping[str, Any]
 
 WIDTH, HEIGHT = 560.0, 300.0
 POINTS = 60  # of a curve
-
-
-def write_page(found: Record, path: Path) -> Path:
-    """Write the page, whole or not at all; RunError if it cannot be written."""
-    try:
-        write_whole({path: render(found)})
-    except OSError as error:
-        raise RunError(
-            f"Cannot write {path}: {error.strerror}. Make room, or give another --html."
-        ) from error
-    return path
 
 
 def render(found: Record) -> str:
