@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,6 +66,7 @@ UNNAMED_TOWERS = {
 }
 
 # --- step 2: from here on a pattern matches a whole component. Lists of the same layers (XLM has four) ...
+INDEX = re.compile(r"\.[0-9]{1,6}(?=\.|$)")
 LAYERS = re.compile(r"layers?|h|blocks?|attentions|ffns|layer_norm[12]")
 # ... and lists with a numbering of their own, which is then part of the stack's name.
 OTHER_LAYERS = re.compile(r"\w+_(layers?|blocks?)")
@@ -91,6 +92,7 @@ STATE_SPACE = re.compile(r"A_log|D|dt_bias|(dt|x|in|out)_proj|conv_?1d|rg_lru|li
 MIXER_ATTENTION = re.compile(r"[qkvo]_proj|W?qkv(_proj)?")
 # Searched for in what config.json calls a layer
 LINEAR_TYPE = re.compile(r"linear|lightning|delta|kda")
+UNSURE = ("attention", "mixer")  # linear attention, anything: what is below the module decides
 # The same asked of a module's class
 CLASSES = _Table(
     linear_attn=r"\w*DeltaNet|xLSTMLayer|\w*RecurrentBlock",
@@ -186,15 +188,15 @@ def role(name: str, config: Mapping[str, Any] | None = None) -> Role:
 
 def roles(names: Iterable[str], config: Mapping[str, Any] | None = None) -> dict[str, Role]:
     """Roles of all tensors of a checkpoint; tensors of one module settle together what that module is."""
-    paths = {name: name.split(".") for name in names}
-    spots = {name: _module(parts) for name, parts in paths.items()}
-    inside: dict[tuple[str, ...], set[str]] = {}
-    for name, parts in paths.items():
-        at = spots[name][0]
-        inside.setdefault(tuple(parts[: at + 1]), set()).update(parts[at + 1 :])
+    forms = {name: _form(name) for name in names}
+    inside: dict[str, set[str]] = {}
+    for name, form in forms.items():
+        if form.kind in UNSURE:
+            module, words = _divide(name, form.at)
+            inside.setdefault(module, set()).update(words)
     return {
-        name: _place(parts, *spots[name], inside[tuple(parts[: spots[name][0] + 1])], config or {})
-        for name, parts in paths.items()
+        name: _describe(name, form.at, _kind(name, form, inside, config or {}))
+        for name, form in forms.items()
     }
 
 
@@ -210,8 +212,8 @@ def roles_from_model(model: nn.Module) -> dict[str, Role]:
         parts = name.split(".")
         paths = [".".join(parts[: i + 1]) for i in range(len(parts) - 1)]
         at = next((i for i, path in enumerate(paths) if kinds.get(path)), -1)
-        tower = _is_tower(parts, {}) or _reads_no_text([modules[path] for path in paths if path in modules])
-        found[name] = _describe(parts, at, "vision" if tower else kinds[paths[at]] if at >= 0 else "")
+        tower = _form(name).tower or _reads_no_text([modules[path] for path in paths if path in modules])
+        found[name] = _describe(name, at, "vision" if tower else kinds[paths[at]] if at >= 0 else "")
     return found
 
 
@@ -227,33 +229,53 @@ def _reads_no_text(chain: Sequence[object]) -> bool:
     return "text" not in getattr(whole, "input_modalities", "text") and not hasattr(whole, "embed_tokens")
 
 
-def _module(parts: Sequence[str]) -> tuple[int, str]:
-    """Position and kind of the first component that names a token mixer, (-1, "") if none; no leaf is one."""
-    kinds = ((i, MODULES.part(word.lower())) for i, word in enumerate(parts[:-1]))
-    return next((spot for spot in kinds if spot[1]), (-1, ""))
+def _general(name: str) -> str:
+    """The name with every index 0: what thousands of layers and experts have in common."""
+    return INDEX.sub(".0", name)
 
 
-def _place(
-    parts: Sequence[str], at: int, kind: str, inside: Iterable[str], config: Mapping[str, Any]
-) -> Role:
-    """``inside``: every component found below the module at ``at``, in any tensor's name."""
-    if _is_tower(parts, config):
-        kind = "vision"
-    elif kind == "attention" and _is_recurrent(inside, _layer(parts, at)[0], config):
-        kind = "linear_attn"
-    elif kind == "mixer":
-        kind = _kind_of_mixer(parts[at], inside)
-    return _describe(parts, at, kind)
+class _Form(NamedTuple):
+    """What a name says whatever its indices are.
+
+    ``at`` and ``kind``: position and kind of the first component that names a token mixer, -1 and "" if none; no leaf
+    is one. ``tower``: a component names another modality.
+    """
+
+    parts: tuple[str, ...]
+    at: int
+    kind: str
+    tower: bool
+
+
+def _form(name: str) -> _Form:
+    return _form_of(_general(name))
 
 
 @lru_cache(maxsize=4096)
-def _names_tower(word: str) -> bool:
-    return bool(TOWER.search(word.lower()))
+def _form_of(general: str) -> _Form:
+    parts = tuple(general.split("."))
+    kinds = ((i, MODULES.part(word.lower())) for i, word in enumerate(parts[:-1]))
+    at, kind = next((spot for spot in kinds if spot[1]), (-1, ""))
+    return _Form(parts, at, kind, any(TOWER.search(word.lower()) for word in parts))
 
 
-def _is_tower(parts: Sequence[str], config: Mapping[str, Any]) -> bool:
-    unnamed = UNNAMED_TOWERS.get(str(config.get("model_type")))
-    return any(map(_names_tower, parts)) or unnamed in parts[:2]
+def _divide(name: str, at: int) -> tuple[str, list[str]]:
+    """Path of the module at a position, and the components below it."""
+    parts = name.split(".")
+    return ".".join(parts[: at + 1]), parts[at + 1 :]
+
+
+def _kind(name: str, form: _Form, inside: Mapping[str, Iterable[str]], config: Mapping[str, Any]) -> str:
+    """``inside``: by module, every component found below it, in any tensor's name."""
+    if form.tower or UNNAMED_TOWERS.get(str(config.get("model_type"))) in form.parts[:2]:
+        return "vision"
+    if form.kind not in UNSURE:
+        return form.kind
+    module, _ = _divide(name, form.at)
+    if form.kind == "mixer":
+        return _kind_of_mixer(form.parts[form.at], inside[module])
+    layer = _describe(name, form.at, form.kind).layer
+    return "linear_attn" if _is_recurrent(inside[module], layer, config) else form.kind
 
 
 def _is_recurrent(inside: Iterable[str], layer: int | None, config: Mapping[str, Any]) -> bool:
@@ -287,29 +309,35 @@ def _layer_type(config: Mapping[str, Any], layer: int | None) -> str:
     return "linear" if types[layer] == 0 else str(types[layer])
 
 
-def _is_index(word: str) -> bool:
-    return word.isascii() and word.isdecimal() and len(word) < 7
-
-
-def _layer(parts: Sequence[str], at: int) -> tuple[int | None, str]:
-    """Layer index and stack; ``at`` is where the module stands, -1 if none."""
-    spots = [i for i in range(1, len(parts)) if _is_index(parts[i])]
-    numbered = (i for i in spots if LAYERS.fullmatch(parts[i - 1]) or OTHER_LAYERS.fullmatch(parts[i - 1]))
-    spot = next(numbered, at - 1 if at - 1 in spots else -1)
-    stack = ".".join(word for word in parts[:spot] if STACK.fullmatch(word))
-    return (None if spot < 0 else int(parts[spot])), stack
-
-
-def _describe(parts: Sequence[str], at: int, kind: str) -> Role:
+def _describe(name: str, at: int, kind: str) -> Role:
     """Role of a tensor whose module stands at ``at`` and is of this kind, "" for none."""
-    layer, stack = _layer(parts, at)
+    spot, found = _described(_general(name), at, kind)
+    if found.layer is None:
+        return found
+    return Role(int(name.split(".", spot + 1)[spot]), found.part, found.attention, found.stack)
+
+
+@lru_cache(maxsize=4096)
+def _described(general: str, at: int, kind: str) -> tuple[int, Role]:
+    """Where the layer's index stands, -1 if nowhere, and the role but for that index."""
+    parts = general.split(".")
+    spot = _layer(parts, at)
+    layer = None if spot < 0 else 0
     if kind == "vision":
         hears = any(AUDIO.search(word.lower()) for word in parts)
-        return Role(layer, "vision", False, "audio" if hears else "vision")
+        return spot, Role(layer, "vision", False, "audio" if hears else "vision")
+    stack = ".".join(word for word in parts[:spot] if STACK.fullmatch(word))
     if kind == "attention":
         part = _attention_part(parts[at], parts[at + 1 :])
-        return Role(layer, part, part != "norm", stack)
-    return Role(layer, kind or _rest_part(parts, layer), False, stack)
+        return spot, Role(layer, part, part != "norm", stack)
+    return spot, Role(layer, kind or _rest_part(parts, layer), False, stack)
+
+
+def _layer(parts: Sequence[str], at: int) -> int:
+    """Position of the layer's index, -1 if none; ``at`` is where the module stands, -1 if none."""
+    spots = [i for i in range(1, len(parts)) if parts[i] == "0"]
+    numbered = (i for i in spots if LAYERS.fullmatch(parts[i - 1]) or OTHER_LAYERS.fullmatch(parts[i - 1]))
+    return next(numbered, at - 1 if at - 1 in spots else -1)
 
 
 def _attention_part(module: str, inside: Sequence[str]) -> str:

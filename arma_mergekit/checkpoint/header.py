@@ -163,28 +163,35 @@ def _is_count(value: object) -> bool:
 
 def _tensor(file: Path, name: str, entry: Any, data: int) -> TensorInfo:
     """One entry, its own claims checked; ``data`` is where the tensors' bytes begin."""
-    where = f"{file}, tensor {name[:LONGEST_NAME]!r}"
-    if len(name) > LONGEST_NAME or not name.isprintable():
-        raise CheckpointError(f"{where}: no name of a tensor; download the file again.")
-    fields = (
-        [entry.get(k) for k in ("dtype", "shape", "data_offsets")] if isinstance(entry, dict) else [None] * 3
-    )
-    dtype, shape, offsets = fields
+    fault = _name_fault(name) or _entry_fault(entry)
+    if fault:
+        raise CheckpointError(f"{file}, tensor {name[:LONGEST_NAME]!r}: {fault}")
+    start, stop = entry["data_offsets"]
+    return TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, data + start, data + stop)
+
+
+def _name_fault(name: str) -> str:
+    odd = len(name) > LONGEST_NAME or not name.isprintable()
+    return "no name of a tensor; download the file again." if odd else ""
+
+
+def _entry_fault(entry: Any) -> str:
+    """What is wrong with a tensor's dtype, shape and offsets, "" if nothing."""
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
-        raise CheckpointError(f"{where}: needs dtype, shape and data_offsets; save the checkpoint again.")
+        return "needs dtype, shape and data_offsets; save the checkpoint again."
     if dtype not in DTYPE_BITS:
-        raise CheckpointError(f"{where}: {unknown('dtype', dtype, DTYPE_BITS)}")
-    counts = all(map(_is_count, (*shape, *offsets)))
-    if not counts or len(offsets) != 2 or len(shape) > MOST_DIMENSIONS:
-        raise CheckpointError(f"{where}: shape and offsets must be whole numbers >= 0 (below 2^63, and few).")
-    start, stop = offsets
-    bits = math.prod(shape) * DTYPE_BITS[dtype]
-    if bits != 8 * (stop - start):
-        raise CheckpointError(
-            f"{where}: {dtype} of shape {shape} takes {-(-bits // 8):,} bytes, but its offsets span "
-            f"{stop - start:,}; download the file again."
-        )
-    return TensorInfo(name, dtype, tuple(shape), file, data + start, data + stop)
+        return unknown("dtype", dtype, DTYPE_BITS)
+    if len(offsets) != 2 or len(shape) > MOST_DIMENSIONS or not all(map(_is_count, shape + offsets)):
+        return "shape and offsets must be whole numbers >= 0 (below 2^63, and few)."
+    bits, span = math.prod(shape) * DTYPE_BITS[dtype], offsets[1] - offsets[0]
+    if bits == 8 * span:
+        return ""
+    return (
+        f"{dtype} of shape {shape} takes {-(-bits // 8):,} bytes, but its offsets span {span:,}; "
+        "download the file again."
+    )
 
 
 def _check_layout(file: Path, tensors: list[TensorInfo], data: int, size: int) -> None:
