@@ -122,6 +122,7 @@ def rows(root: Path, args: argparse.Namespace) -> list[list[str]]:
             note(f"{kind}, first time", merge, out, cache, False)
             note(f"{kind}, digests known", merge, out, cache)
             note(f"{kind}, no digests", [*merge, "--no-digests"], out, cache)
+            note(f"{kind}, no digests, no sync", [*merge, "--no-digests", "--no-sync"], out, cache)
             files = [
                 str(f) for d in ("base", "tuned", "out") for f in sorted((root / d).glob("*.safetensors"))
             ]

@@ -392,6 +392,28 @@ def test_without_digests_nothing_is_hashed(models, tmp_path):
 # ---------------------------------------------------------------------- the target
 
 
+@pytest.mark.parametrize("sync", [True, False])
+def test_every_file_and_directory_is_synced_unless_told_not_to(models, tmp_path, monkeypatch, sync):
+    synced, early, fsync = set(), [], os.fsync
+    monkeypatch.setattr(
+        stream.os,
+        "fsync",
+        lambda f: (synced.add(os.path.basename(os.readlink(f"/proc/self/fd/{f}"))), fsync(f)),
+    )
+    monkeypatch.setattr(stream, "write_back", lambda *part: early.append(part))
+    made = recipe(tmp_path, models["base"], models["tuned"])
+    merge(made, tmp_path / "out", sync=sync)
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert bool(early) == sync
+    if sync:
+        assert synced >= names | {tmp_path.name}
+        assert any(name.startswith(".out.arma-draft-") for name in synced)
+    else:
+        assert not synced
+    merge(made, tmp_path / "again", digests=False)
+    assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "again"))
+
+
 def test_a_directory_with_something_in_it_is_refused(models, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")

@@ -37,9 +37,21 @@ SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]?)(?P<binary>i?)B?"
     show_default=True,
     help="Write sha256 of every file to arma.lock.json.",
 )
+@click.option(
+    "--sync/--no-sync",
+    default=True,
+    show_default=True,
+    help="Wait until everything is on the disk, so that a loss of power cannot take it.",
+)
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 def command(
-    recipe: Path, out: Path, overwrite: bool, shard_size: str | None, digests: bool, quiet: bool
+    recipe: Path,
+    out: Path,
+    overwrite: bool,
+    shard_size: str | None,
+    digests: bool,
+    sync: bool,
+    quiet: bool,
 ) -> int:
     """Merge RECIPE into the directory OUT: the bits of mergekit-yaml, as fast as the disk.
 
@@ -52,11 +64,15 @@ def command(
     content = read_yaml(recipe)
     why = reason(content)
     if why is None:
-        run_merge(content, recipe, out, overwrite, _bytes(shard_size), digests, quiet)
+        size = _bytes(shard_size)
+        run_merge(
+            content, recipe, out, quiet, overwrite=overwrite, shard_size=size, digests=digests, sync=sync
+        )
         return 0
-    if shard_size is not None or not digests:
+    if shard_size is not None or not digests or not sync:
         raise UsageError(
-            f"{recipe} needs mergekit's executor ({why}), which has neither option; leave them out."
+            f"{recipe} needs mergekit's executor ({why}), which has no --out-shard-size, --no-digests or --no-sync; "
+            "leave them out."
         )
     click.echo(
         f"{why} is mergekit's work: merging with its executor, which is slower and takes more memory.",
@@ -69,16 +85,8 @@ def command(
     return 0
 
 
-def run_merge(
-    content: dict[str, Any],
-    path: Path,
-    out: Path,
-    overwrite: bool,
-    shard_size: int | None,
-    digests: bool,
-    quiet: bool,
-) -> dict[str, Any]:
-    """Merge ourselves, with progress, warnings and what to do next; returns the lock."""
+def run_merge(content: dict[str, Any], path: Path, out: Path, quiet: bool, **options: Any) -> dict[str, Any]:
+    """Merge ourselves (``options``: `merge`'s), with progress, warnings and what to do next; returns the lock."""
     from arma_mergekit.cli.plan import size
     from arma_mergekit.cli.progress import Progress
     from arma_mergekit.digest import DigestMemo
@@ -88,8 +96,8 @@ def run_merge(
     describe, warnings = describer(path)
     with _unharmed(out), Progress(quiet) as progress:
         merged = merge(
-            Recipe.parse(content, path), out, overwrite=overwrite, shard_size=shard_size, digests=digests,
-            memo=DigestMemo.default(), begin=lambda plan: progress.start(plan.bytes_written), describe=describe,
+            Recipe.parse(content, path), out, memo=DigestMemo.default(), describe=describe,
+            begin=lambda plan: progress.start(plan.bytes_written), **options,
         )  # fmt: skip
         seconds = progress.seconds
     _warn([*merged.warnings, *warnings], quiet)

@@ -35,7 +35,8 @@ def command(lock: Path, out: Path, overwrite: bool, quiet: bool) -> int:
             f"{file} has no digests to compare with (--no-digests); use arma verify on the directory."
         )
     if old["executor"] == "arma":
-        new = run_merge(old["recipe"], path, out, overwrite, old["output"].get("shard_size"), True, True)
+        size = old["output"].get("shard_size")
+        new = run_merge(old["recipe"], path, out, True, overwrite=overwrite, shard_size=size)
     else:
         new = merge_with_mergekit(old["recipe"], path, out, overwrite=overwrite)
     found = compare_locks(old, new)

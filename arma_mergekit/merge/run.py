@@ -48,6 +48,7 @@ def merge(
     overwrite: bool = False,
     shard_size: int | None = None,
     digests: bool = True,
+    sync: bool = True,
     workers: int | None = None,
     memo: DigestMemo | None = None,
     begin: Callable[[Plan], Advance] = lambda _: lambda _: None,
@@ -56,9 +57,9 @@ def merge(
     """Merge into the directory ``out``, which appears when it is complete.
 
     ``shard_size``: bytes of tensors in a file, by default as the inputs have them; ``digests``: sha256 of every file of
-    inputs and result; ``memo``: digests known from earlier; ``begin`` is told the plan and returns what is called with
-    bytes as they are written; ``describe`` is shown the lock, may add to it, and returns further files as texts by
-    name.
+    inputs and result; ``sync``: wait until all is on the disk, so that a loss of power cannot take it; ``memo``:
+    digests known from earlier; ``begin`` is told the plan and returns what is called with bytes as they are written;
+    ``describe`` is shown the lock, may add to it, and returns further files as texts by name.
     RecipeError, CheckpointError, UsageError or RunError; then ``out`` is as it was.
     """
     planned = plan(recipe).check()
@@ -76,16 +77,16 @@ def merge(
     memo = memo or DigestMemo()
     known: dict[Path, str | None] = {file: memo.get(file) if digests else None for file in before}
     advance = begin(planned)
-    with draft_of(out, sum(s.size for s in shards), check) as draft:
+    with draft_of(out, sum(s.size for s in shards), check, sync) as draft:
         filled = fill(
             planned, shards, draft, before=DTYPES.get(recipe.dtype or ""), advance=advance, workers=workers,
-            inputs=[file for file, found in known.items() if digests and found is None], digests=digests,
+            inputs=[file for file, found in known.items() if digests and found is None], digests=digests, sync=sync,
         )  # fmt: skip
         known |= {file: memo.put(file, found, before[file]) for file, found in filled.inputs.items()}
         outputs = {s.name: (s.size, filled.outputs[s.name]) for s in shards}
         outputs |= _write_small(recipe, planned, shards, draft, digests)
         lock = make_lock(recipe, planned, shard_size, known, outputs)
-        finish(lock, describe(lock, sides), draft, digests)
+        finish(lock, describe(lock, sides), draft, digests, sync)
         _check_states(before)
     return Merged(lock, (*planned.warnings, *warnings))
 
@@ -146,8 +147,10 @@ def _write_small(
     return {n: ((draft / n).stat().st_size, sha256_of(draft / n) if digests else "") for n in names}
 
 
-def finish(lock: dict[str, Any], texts: Mapping[str, str], draft: Path, digests: bool = True) -> None:
-    """Write the further files of a merge, then its lock, and sync all that is small."""
+def finish(
+    lock: dict[str, Any], texts: Mapping[str, str], draft: Path, digests: bool = True, sync: bool = True
+) -> None:
+    """Write the further files of a merge, then its lock; ``sync`` all that is small."""
     written = lock["output"]
     for name, text in texts.items():
         (draft / name).write_text(text, encoding="utf-8")
@@ -155,7 +158,8 @@ def finish(lock: dict[str, Any], texts: Mapping[str, str], draft: Path, digests:
         written["files"][name] = {"bytes": size, "sha256": sha256_of(draft / name) if digests else None}
         written["bytes"] += size
     write_lock(lock, draft / LOCK)
-    _sync_files(draft / n for n in (*written["files"], LOCK) if not n.endswith(".safetensors"))
+    if sync:
+        _sync_files(draft / n for n in (*written["files"], LOCK) if not n.endswith(".safetensors"))
 
 
 def _sync_files(files: Iterable[Path]) -> None:

@@ -183,8 +183,9 @@ class Lane:
 class Fill:
     """One merge under way: see `fill`."""
 
-    def __init__(self, plan: Plan, directory: Path, before: str | None, advance: Advance) -> None:
+    def __init__(self, plan: Plan, directory: Path, before: str | None, advance: Advance, sync: bool) -> None:
         self._plan, self._directory, self._before, self._advance = plan, directory, before, advance
+        self._sync = sync
         self._mine, self._stop = threading.local(), threading.Event()
 
     def run(self, shards: Sequence[Shard], inputs: Sequence[Path], digests: bool, workers: int) -> Filled:
@@ -234,7 +235,8 @@ class Fill:
                     if self._stop.is_set():
                         return
                     self._write(lane, target.fileno(), piece)
-                    write_back(target.fileno(), piece.start, piece.stop)
+                    if self._sync:
+                        write_back(target.fileno(), piece.start, piece.stop)
                     lane.reached.put(piece.stop)
                     self._advance(piece.stop - piece.start)
         except BaseException:
@@ -264,7 +266,8 @@ class Fill:
             found = self._follow(file, shard, lanes) if digests and whole is None else whole
             for _, future in lanes:
                 future.result()
-            os.fsync(file.fileno())
+            if self._sync:
+                os.fsync(file.fileno())
         return found.hexdigest() if found is not None else ""
 
     def _follow(
@@ -289,15 +292,16 @@ def fill(
     before: str | None = None,
     inputs: Sequence[Path] = (),
     digests: bool = True,
+    sync: bool = True,
     workers: int | None = None,
     advance: Advance = lambda _: None,
 ) -> Filled:
-    """Write the shards into ``directory``, synced to disk.
+    """Write the shards into ``directory``; ``sync``: and to disk.
 
     ``inputs``: files whose sha256 is taken meanwhile; ``digests``: of the outputs too; ``workers``: threads, by default
     one per core; ``advance`` is called by any of them with the bytes just written. OSError if a file cannot be written.
     """
-    return Fill(plan, directory, before, advance).run(shards, inputs, digests, workers or cores())
+    return Fill(plan, directory, before, advance, sync).run(shards, inputs, digests, workers or cores())
 
 
 def cores() -> int:

@@ -59,11 +59,14 @@ def check_target(out: Path, overwrite: bool, protected: tuple[Path, ...]) -> Non
 
 
 @contextlib.contextmanager
-def draft_of(out: Path, size: int, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
+def draft_of(
+    out: Path, size: int, check: Callable[[], None] = lambda: None, sync: bool = True
+) -> Iterator[Path]:
     """A new directory that becomes ``out`` at the end of the block, and is removed if the block fails.
 
     ``size``: bytes it will hold; RunError if the disk has less, or for whatever else the disk refuses. ``check`` is
-    called before the work and again before the rename: what it raises ends the block.
+    called before the work and again before the rename: what it raises ends the block. ``sync``: the names are on the
+    disk at the end.
     """
     out = _real(out)
     with contextlib.ExitStack() as stack:
@@ -74,7 +77,7 @@ def draft_of(out: Path, size: int, check: Callable[[], None] = lambda: None) -> 
             )  # what is left of it, or what it replaced
             stack.callback(os.close, lock)
             yield draft
-            _finish(draft, out, check)
+            _finish(draft, out, check, sync)
         except OSError as error:
             raise RunError(
                 f"Cannot write {error.filename or out}: {error.strerror}. Nothing was left behind; start the same "
@@ -108,21 +111,23 @@ def _begin(out: Path, size: int, check: Callable[[], None]) -> tuple[Path, int]:
     return draft, lock
 
 
-def _finish(draft: Path, out: Path, check: Callable[[], None]) -> None:
-    """Sync the draft and give it the target's name."""
+def _finish(draft: Path, out: Path, check: Callable[[], None], sync: bool) -> None:
+    """Give the draft the target's name; ``sync``: what names it holds, and that it has it."""
     mask = os.umask(0)
     os.umask(mask)
     draft.chmod(0o777 & ~mask)
     with _alone_in(out.parent):
         check()
         (draft / LOCK).unlink()
-        for folder in (draft, *(p for p in draft.rglob("*") if p.is_dir())):
-            _sync(folder)
+        if sync:
+            for folder in (draft, *(p for p in draft.rglob("*") if p.is_dir())):
+                _sync(folder)
         if out.exists() and any(out.iterdir()):
             _exchange(draft, out)
         else:
             draft.rename(out)
-        _sync(out.parent)
+        if sync:
+            _sync(out.parent)
 
 
 def remove_dead_drafts(out: Path) -> list[Path]:
