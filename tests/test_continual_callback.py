@@ -10,24 +10,23 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from arma_mergekit import continual
 from arma_mergekit.continual import (
     AIMMergingCallback,
+    AIMSettings,
     EMACallback,
+    EMASettings,
     EWCCallback,
+    EWCSettings,
     MagMaxCallback,
     Memory,
     ReplayCallback,
-    SFACallback,
-)
-from arma_mergekit.continual.callback import scale_moments
-from arma_mergekit.continual.settings import (
-    AIMSettings,
-    EMASettings,
-    EWCSettings,
     ReplaySettings,
-    Settings,
+    SFACallback,
     SFASettings,
 )
+from arma_mergekit.continual.callback import scale_moments
+from arma_mergekit.continual.settings import Settings
 from arma_mergekit.continual.weights import copies, distance, pull, scoped, trainable
 from arma_mergekit.errors import CheckpointError, RunError
 
@@ -42,6 +41,12 @@ def little_garbage():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(continual, name).__name__ == name for name in continual.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = continual.nothing
 
 
 def llama(seed=0, **config):

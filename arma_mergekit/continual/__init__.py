@@ -5,6 +5,7 @@
     memory       examples of past tasks that are kept and shown again
     callback     AIMMerging for `transformers.Trainer`
     baselines    SFA, EMA, MagMax, EWC and plain replay behind the same interface
+    settings     what can be set of each, with the defaults
     plan, run    a sequence of tasks, several methods, one resumable run
 
 Nothing heavy is imported before it is used.
@@ -17,24 +18,34 @@ from typing import Any
 
 __all__ = [
     "AIMMergingCallback",
+    "AIMSettings",
     "Controller",
     "EMACallback",
+    "EMASettings",
     "EWCCallback",
+    "EWCSettings",
     "MagMaxCallback",
     "Memory",
     "ReplayCallback",
+    "ReplaySettings",
     "SFACallback",
+    "SFASettings",
 ]
 
 HOMES = {
     "AIMMergingCallback": "callback",
+    "AIMSettings": "settings",
     "Controller": "controller",
     "EMACallback": "baselines",
+    "EMASettings": "settings",
     "EWCCallback": "baselines",
+    "EWCSettings": "settings",
     "MagMaxCallback": "baselines",
     "Memory": "memory",
     "ReplayCallback": "callback",
+    "ReplaySettings": "settings",
     "SFACallback": "baselines",
+    "SFASettings": "settings",
 }
 
 
