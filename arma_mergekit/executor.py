@@ -18,7 +18,7 @@ from arma_mergekit.checkpoint import Checkpoint, open_model
 from arma_mergekit.digest import DigestMemo, sha256_of
 from arma_mergekit.errors import ArmaError, CheckpointError, RunError
 from arma_mergekit.merge.lock import foreign_lock
-from arma_mergekit.merge.run import Describe, finish
+from arma_mergekit.merge.run import Describe, finish, needed
 from arma_mergekit.merge.target import check_target, draft_of
 
 __all__ = ["merge_with_mergekit", "reason"]
@@ -57,7 +57,7 @@ def merge_with_mergekit(
     except (ValueError, RuntimeError) as error:
         raise RunError(f"{path}: mergekit refuses the recipe ({_first_line(error)}).") from error
     sides = _opened(models)
-    check = partial(check_target, out, overwrite, (*(s.path for s in sides), path, Path.cwd()))
+    check = partial(check_target, out, overwrite, needed(sides, path))
     check()
     size = max((sum(t.nbytes for t in s.tensors.values()) for s in sides), default=0)
     with (

@@ -194,9 +194,9 @@ def recipe_of(evaluation: Evaluation) -> Recipe:
             "The lock does not hold the recipe that its scores were made by; give it as --recipe."
         )
     recipe = Recipe.parse(evaluation.recipe, Path(evaluation.recipe_file))
-    if code := [spec.function for specs in recipe.evals.values() for spec in specs if spec.type == "python"]:
+    if code := [spec.code for specs in recipe.evals.values() for spec in specs if spec.code]:
         raise InputError(
-            f"The recipe in the lock runs {code[0]}; give the recipe itself as --recipe to allow that."
+            f"The recipe in the lock runs code ({code[0]}); give the recipe itself as --recipe to allow that."
         )
     return recipe
 

@@ -231,12 +231,18 @@ def test_a_lock_that_promises_nothing_is_refused_with_a_remedy(tuned):
         gate(tuned)
 
 
-def test_a_lock_runs_no_code(tuned):
+@pytest.mark.parametrize(
+    ("task", "named"),
+    [
+        ({"python": {"function": "my.py:score", "limit": 3}}, r"my\.py:score"),
+        ({"lm_eval": {"tasks": ["mine"], "include_path": "tasks"}}, "tasks"),
+    ],
+    ids=["python", "lm_eval"],
+)
+def test_a_lock_runs_no_code(tuned, task, named):
     with edited(tuned) as lock:
-        lock["evaluation"]["recipe"]["evals"]["domain"] = [
-            {"python": {"function": "my.py:score", "limit": 3}}
-        ]
-    with pytest.raises(InputError, match=r"runs my\.py:score; give the recipe itself"):
+        lock["evaluation"]["recipe"]["evals"]["domain"] = [task]
+    with pytest.raises(InputError, match=rf"runs code \({named}\); give the recipe itself"):
         gate(tuned)
 
 

@@ -423,6 +423,17 @@ def test_a_directory_with_something_in_it_is_refused(models, tmp_path):
     with pytest.raises(UsageError, match="holds no model, so it is not replaced"):
         merge(made, tmp_path / "out", overwrite=True)
     assert files(tmp_path / "out") == {"thesis.txt": b"years of work"}
+    (tmp_path / "out" / "config.json").write_text('{"port": 80}')  # as in many a project
+    with pytest.raises(UsageError, match="holds no model, so it is not replaced"):
+        merge(made, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "thesis.txt").exists()
+
+
+def test_a_mount_point_is_refused_before_any_work(models, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("pathlib.Path.is_mount", lambda path: path == tmp_path / "out")
+    with pytest.raises(UsageError, match=r"is a mount point, .* name one inside it"):
+        merge(recipe(tmp_path, models["base"], models["tuned"]), tmp_path / "out")
 
 
 def test_overwrite_replaces_the_whole_directory(models, tmp_path):
@@ -474,6 +485,16 @@ def test_verify_compares_the_last_bytes_too(at):
     assert same_bits(one, other)
     other[at] += 1
     assert not same_bits(one, other)
+
+
+def test_an_adapter_inside_the_target_is_never_overwritten(models, tmp_path):
+    out = tmp_path / "deployed"
+    merge(recipe(tmp_path, models["base"], models["tuned"]), out)
+    shutil.copytree(str(models["adapted"]).partition("+")[2], out / "adapter")
+    made = recipe(tmp_path, models["base"], f"{models['base']}+{out / 'adapter'}")
+    with pytest.raises(UsageError, match=r"deployed holds .*adapter, which is needed"):
+        merge(made, out, overwrite=True)
+    assert (out / "adapter" / "adapter_config.json").exists()
 
 
 def test_inputs_are_never_overwritten(models, tmp_path):

@@ -386,6 +386,13 @@ def test_a_tied_head_that_only_one_model_stores_is_left_out(models, planned):
     assert "lm_head.weight" not in by_name(found)
 
 
+def test_a_head_that_is_not_tied_is_never_left_out(models, planned):
+    for name in ("base", "ft"):
+        rewrite(models / name, config={"tie_word_embeddings": False})
+    rewrite(models / "ft", without("lm_head.weight"))
+    assert only_error(planned()).startswith("ft lacks lm_head.weight of base;")
+
+
 def test_buffers_that_models_compute_themselves_are_left_out(models, planned):
     inverse = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, "f4")}
     rewrite(models / "ft", lambda tensors: tensors | inverse)

@@ -26,7 +26,7 @@ from arma_mergekit.plan import Plan, plan
 from arma_mergekit.plan.plan import DTYPES
 from arma_mergekit.recipe import Recipe
 
-__all__ = ["Describe", "Merged", "agree", "finish", "merge"]
+__all__ = ["Describe", "Merged", "agree", "finish", "merge", "needed"]
 
 Describe = Callable[[dict[str, Any], Sequence[Checkpoint]], Mapping[str, str]]
 
@@ -64,7 +64,7 @@ def merge(
     """
     planned = plan(recipe).check()
     sides = sides_of(planned)
-    check = partial(check_target, out, overwrite, (*(s.path for s in sides), recipe.path, Path.cwd()))
+    check = partial(check_target, out, overwrite, needed(sides, recipe.path))
     check()
     before = _states(input_files(sides))
     agree(planned)
@@ -89,6 +89,11 @@ def merge(
         finish(lock, describe(lock, sides), draft, digests, sync)
         _check_states(before)
     return Merged(lock, (*planned.warnings, *warnings))
+
+
+def needed(sides: Iterable[Checkpoint], recipe: Path) -> tuple[Path, ...]:
+    """What a result must not replace: the models, their adapters, the recipe, where we are."""
+    return (*(path for side in sides for path in side.directories.values()), recipe, Path.cwd())
 
 
 def _states(files: Iterable[Path]) -> dict[Path, str]:

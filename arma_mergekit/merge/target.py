@@ -30,7 +30,6 @@ DRAFT, OLD = ".arma-draft-", ".arma-old-"
 ENDING = "[a-z0-9_]{8}"  # what mkdtemp adds
 SLACK = 1 << 20  # bytes of small files beside the weights
 AT_FDCWD, EXCHANGE = -100, 2
-MARKS = ("config.json", "arma.lock.json")  # a directory with neither is nobody's merge
 
 
 def check_target(out: Path, overwrite: bool, protected: tuple[Path, ...]) -> None:
@@ -38,17 +37,21 @@ def check_target(out: Path, overwrite: bool, protected: tuple[Path, ...]) -> Non
 
     ``protected``: files and directories that must not be inside what is replaced.
     """
-    if out.is_dir() and not any(out.iterdir()):
-        return
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; name a directory that does not exist yet.")
+    if _real(out).is_mount():
+        raise UsageError(
+            f"{out} is a mount point, which no other directory can take the place of; name one inside it."
+        )
+    if out.is_dir() and not any(out.iterdir()):
+        return
     if not out.exists():
         return
     if not overwrite:
         raise UsageError(
             f"{out} is not empty; name another directory, or give --overwrite to replace it as a whole."
         )
-    if not any((out / name).is_file() for name in MARKS):
+    if not _is_model(out):
         raise UsageError(
             f"{out} holds no model, so it is not replaced; delete it yourself, or name another directory."
         )
@@ -56,6 +59,12 @@ def check_target(out: Path, overwrite: bool, protected: tuple[Path, ...]) -> Non
     inside = next((p for p in protected if here in (_real(p), *_real(p).parents)), None)
     if inside is not None:
         raise UsageError(f"{out} holds {inside}, which is needed; name another directory.")
+
+
+def _is_model(out: Path) -> bool:
+    """Whether a merge wrote it, or it looks like a model; a lone config.json is in many a project."""
+    weights = (out / "config.json").is_file() and any(out.glob("*.safetensors"))
+    return weights or (out / "arma.lock.json").is_file()
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ def _one_sided(
         )
     for here, there in ((base, tuned), (tuned, base)):
         only = set(here.tensors) - set(there.tensors) - set(extra)
-        spare = {n for n in only if n in heads or n.endswith(RECOMPUTED)}
+        spare = {n for n in only if (n in heads and any(tied)) or n.endswith(RECOMPUTED)}
         found.left_out |= spare
         needed = only - spare
         if needed:

@@ -114,6 +114,11 @@ class TaskSpec(Strict):
         data = (self.data,) if self.data != Path() else ()
         return (*data, *code, *((self.include_path,) if self.include_path else ()))
 
+    @property
+    def code(self) -> str | None:
+        """What it runs that comes with the recipe: a function, or a folder of lm-eval's YAML files, which may call."""
+        return self.function or (str(self.include_path) if self.include_path else None)
+
 
 def _option_problems(kind: str, options: Mapping[Any, Any]) -> Iterator[str]:
     known = (*TASKS[kind], *SHARED)
