@@ -30,7 +30,7 @@ from arma_mergekit.checkpoint.header import read_metadata
 from arma_mergekit.cli import cli
 from arma_mergekit.errors import CheckpointError, RecipeError, RunError, UsageError
 from arma_mergekit.kernel import average
-from arma_mergekit.merge import beside, merge, stream, verify
+from arma_mergekit.merge import beside, merge, pinned, stream, verify
 from arma_mergekit.merge.layout import Copied, lay_out
 from arma_mergekit.merge.target import draft_of, remove_dead_drafts
 from arma_mergekit.merge.verify import same_bits
@@ -354,7 +354,7 @@ def test_the_lock_holds_digests_of_everything_read_and_written(models, tmp_path)
         assert said == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert set(lock["output"]["files"]) == {p.name for p in (tmp_path / "out").iterdir()} - {LOCK}
     for side, model in zip(lock["inputs"], (models["base"], models["sharded"]), strict=True):
-        assert set(side["files"]) == {p.name for p in model.iterdir() if p.name != INDEX}
+        assert set(side["files"]) == {p.name for p in model.iterdir()}
         for name, said in side["files"].items():
             assert said["sha256"] == hashlib.sha256((model / name).read_bytes()).hexdigest()
     assert lock["tool"]["arma_mergekit"] == __version__
@@ -379,6 +379,73 @@ def test_the_commit_of_a_hub_model_is_in_the_lock(models, tmp_path, monkeypatch)
     merged = merge(recipe(tmp_path, "org/name", models["tuned"]), tmp_path / "out")
     assert [side["commit"] for side in merged.lock["inputs"]] == ["ab" * 20, None]
     assert merged.lock["inputs"][0]["ref"] == "org/name"
+
+    # its branch moves on: the same merge is still checked, and made, from the commit of then
+    shutil.copytree(models["tuned"], snapshot.with_name("cd" * 20))
+    (tmp_path / "hub" / "models--org--name" / "refs" / "main").write_text("cd" * 20)
+    assert verify(tmp_path / "out").status == "verified"
+    assert pinned(merged.lock)["base_model"] == "org/name@" + "ab" * 20
+    again = CliRunner().invoke(cli, ["reproduce", str(tmp_path / "out"), str(tmp_path / "again")])
+    assert again.exit_code == 0, again.output
+    shutil.rmtree(snapshot)
+    assert verify(tmp_path / "out").status == "inconclusive"
+
+
+def test_a_commit_is_pinned_in_references_of_every_form():
+    inputs = [
+        {"ref": "a/b@main", "commit": "1" * 40},
+        {"ref": "a/b+c/d@v1", "commit": "2" * 40, "adapter_commit": "3" * 40},
+        {"ref": "there/e", "commit": None},
+    ]
+    raw = {
+        "base_model": "a/b@main",
+        "models": [{"model": "a/b+c/d@v1"}, {"model": "there/e"}],
+        "alpha": [0.5],
+    }
+    assert pinned({"recipe": raw, "inputs": inputs}) == {
+        "base_model": "a/b@" + "1" * 40,
+        "models": [{"model": f"a/b@{'2' * 40}+c/d@{'3' * 40}"}, {"model": "there/e"}],
+        "alpha": [0.5],
+    }
+
+
+def test_every_file_that_is_read_or_copied_is_in_the_lock(models, tmp_path):
+    shutil.copytree(models["sharded"], tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text("{}")
+    inputs = merge(recipe(tmp_path, tmp_path / "base", models["tuned"]), tmp_path / "out").lock["inputs"]
+    assert {"generation_config.json", "config.json", "model.safetensors.index.json"} < set(inputs[0]["files"])
+    assert all(said["sha256"] for side in inputs for said in side["files"].values())
+
+
+@pytest.mark.parametrize(
+    ("spot", "sentence", "options"),
+    [
+        (("alphas",), "has other alphas than its recipe gives", {}),
+        (("roles",), "has other roles than its recipe gives", {}),
+        (
+            ("output", "files", "model.safetensors", "sha256"),
+            "its sha256 is not the one in",
+            {"digests": True},
+        ),
+        (
+            ("inputs", 1, "files", "config.json", "sha256"),
+            "is not the file that was merged",
+            {"digests": True},
+        ),
+    ],
+)
+def test_a_lock_that_says_something_else_is_found(models, tmp_path, spot, sentence, options):
+    merge(recipe(tmp_path, models["base"], models["tuned"]), tmp_path / "out")
+    assert verify(tmp_path / "out", digests=True).status == "verified"
+    lock = json.loads((tmp_path / "out" / "arma.lock.json").read_text())
+    inside = lock
+    for key in spot[:-1]:
+        inside = inside[key]
+    inside[spot[-1]] = "0" * 64 if spot[-1] == "sha256" else dict.fromkeys(inside[spot[-1]], 0.123)
+    (tmp_path / "out" / "arma.lock.json").write_text(json.dumps(lock))
+    report = verify(tmp_path / "out", **options)
+    assert report.status == "differs"
+    assert sentence in " ".join(report.findings)
 
 
 def test_without_digests_nothing_is_hashed(models, tmp_path):
@@ -768,7 +835,7 @@ def test_a_merge_that_comes_out_otherwise_is_not_reproduced_and_the_input_is_bla
     assert "model.safetensors of" in done.output
 
 
-@pytest.mark.parametrize("text", ["5 parsecs", "-1", "0", "GB"])
+@pytest.mark.parametrize("text", ["5 parsecs", "-1", "0", "0.5", "GB"])
 def test_a_shard_size_that_is_none_is_refused(models, tmp_path, text):
     made = recipe(tmp_path, models["base"], models["tuned"])
     done = CliRunner().invoke(

@@ -159,7 +159,10 @@ def _bytes(text: str | None) -> int | None:
     if text is None:
         return None
     match = SIZE.fullmatch(text.strip())
-    if match is None or not 0 < float(match["number"]) < LARGEST_NUMBER:
+    size = 0.0
+    if match is not None and float(match["number"]) < LARGEST_NUMBER:
+        step = 1024 if match["binary"] else 1000
+        size = float(match["number"]) * step ** " KMGT".index(match["unit"].upper() or " ")
+    if size < 1:
         raise UsageError(f"--out-shard-size must be a size like 5GB or 500M, but got {text!r}.")
-    step = 1024 if match["binary"] else 1000
-    return int(float(match["number"]) * step ** " KMGT".index(match["unit"].upper() or " "))
+    return int(size)

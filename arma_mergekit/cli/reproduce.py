@@ -25,7 +25,7 @@ def command(lock: Path, out: Path, overwrite: bool, quiet: bool) -> int:
     from arma_mergekit.cli.merge import run_merge
     from arma_mergekit.errors import CheckpointError
     from arma_mergekit.executor import merge_with_mergekit
-    from arma_mergekit.merge import LOCK, compare_locks, read_lock
+    from arma_mergekit.merge import LOCK, compare_locks, pinned, read_lock
 
     file = lock / LOCK if lock.is_dir() else lock
     old = read_lock(file)
@@ -36,9 +36,9 @@ def command(lock: Path, out: Path, overwrite: bool, quiet: bool) -> int:
         )
     if old["executor"] == "arma":
         size = old["output"].get("shard_size")
-        new = run_merge(old["recipe"], path, out, True, overwrite=overwrite, shard_size=size)
+        new = run_merge(pinned(old), path, out, True, overwrite=overwrite, shard_size=size)
     else:
-        new = merge_with_mergekit(old["recipe"], path, out, overwrite=overwrite)
+        new = merge_with_mergekit(pinned(old), path, out, overwrite=overwrite)
     found = compare_locks(old, new)
     for mismatch in found:
         if not quiet or mismatch.grade != "environment":

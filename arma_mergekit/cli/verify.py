@@ -19,8 +19,9 @@ CODES = {"verified": 0, "differs": 1, "unreadable": 2, "inconclusive": 3}
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--recipe", type=click.Path(path_type=Path), help="Default: the one in OUT/arma.lock.json.")
 @click.option("--quick", is_flag=True, help="Names, shapes, sizes and headers only.")
+@click.option("--digests", is_flag=True, help="Check every sha256 of the lock too, of inputs and result.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(out: Path, recipe: Path | None, quick: bool, as_json: bool) -> int:
+def command(out: Path, recipe: Path | None, quick: bool, digests: bool, as_json: bool) -> int:
     """Merge again, tensor by tensor, and compare with OUT; nothing is written.
 
     Exit code 0: verified; 1: differs, and every difference is listed; 2: OUT is no whole checkpoint; 3: inconclusive,
@@ -32,7 +33,8 @@ def command(out: Path, recipe: Path | None, quick: bool, as_json: bool) -> int:
 
     try:
         with Progress() as progress:
-            report = verify(out, Recipe.load(recipe) if recipe else None, quick=quick, begin=progress.start)
+            given = Recipe.load(recipe) if recipe else None
+            report = verify(out, given, quick=quick, digests=digests, begin=progress.start)
     except (ArmaError, OSError) as error:
         click.echo(f"Error: {error}", err=True)
         return FAILED
@@ -41,11 +43,12 @@ def command(out: Path, recipe: Path | None, quick: bool, as_json: bool) -> int:
             "status": report.status,
             "findings": report.findings,
             "missing": report.missing,
+            "remarks": report.remarks,
             "tensors": report.tensors,
         }
         click.echo(json.dumps(facts, indent=2))
         return CODES[report.status]
-    for sentence in (*report.findings, *report.missing):
+    for sentence in (*report.findings, *report.missing, *report.remarks):
         click.echo(f"  {sentence}")
     compared = (
         f"{report.tensors} tensors have the bits that the inputs give"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -23,17 +23,22 @@ from pydantic import BaseModel, Field, ValidationError
 from arma_mergekit import __version__
 from arma_mergekit.checkpoint import Checkpoint
 from arma_mergekit.checkpoint.header import read_json
+from arma_mergekit.checkpoint.model import INDEX
 from arma_mergekit.checkpoint.read import changed
 from arma_mergekit.errors import CheckpointError
+from arma_mergekit.merge.beside import companions
 from arma_mergekit.plan import Plan
 from arma_mergekit.recipe import Recipe
 
 __all__ = [
     "FORMAT",
     "LOCK",
+    "by_tensor",
     "foreign_lock",
     "input_files",
     "make_lock",
+    "name_in",
+    "pinned",
     "read_lock",
     "write_lock",
 ]
@@ -62,9 +67,16 @@ def make_lock(
             "averaged": sum(t.action == "average" for t in plan.tensors),
             "copied": sum(t.action == "copy" for t in plan.tensors),
         },
+        **by_tensor(plan),
+        "evaluation": None,
+    }
+
+
+def by_tensor(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Alphas and roles as a lock has them."""
+    return {
         "alphas": {t.name: t.alphas[0] if len(t.alphas) == 1 else list(t.alphas) for t in plan.tensors},
         "roles": {t.name: [t.role.layer, t.role.part, t.role.attention] for t in plan.tensors},
-        "evaluation": None,
     }
 
 
@@ -111,14 +123,23 @@ def _frame(
 
 
 def _input(role: str, side: Checkpoint, digests: Mapping[Path, str | None]) -> dict[str, Any]:
+    read = _files(side, role == "base")
     try:
-        files = {_name(side, f): {"bytes": f.stat().st_size, "sha256": digests.get(f)} for f in side.files}
+        files = {name_in(side, f): {"bytes": f.stat().st_size, "sha256": digests.get(f)} for f in read}
     except FileNotFoundError as error:
         raise changed(Path(error.filename)) from error
-    return {"role": role, "ref": side.ref, "commit": _commit(side.path), "files": files}
+    commit, adapter = map(_commit, (*side.directories.values(), Path())[:2])
+    return {"role": role, "ref": side.ref, "commit": commit, "adapter_commit": adapter, "files": files}
 
 
-def _name(side: Checkpoint, file: Path) -> str:
+def _files(side: Checkpoint, base: bool) -> list[Path]:
+    """What is read of a model; of the base also what is copied beside the weights."""
+    index = [file] if (file := side.path / INDEX).is_file() else []
+    beside = [file for _, file, _ in companions(side, None)] if base else []
+    return list(dict.fromkeys((*side.files, *index, *beside)))
+
+
+def name_in(side: Checkpoint, file: Path) -> str:
     """A file's name within its model; an adapter's with its directory's."""
     return (
         file.relative_to(side.path).as_posix()
@@ -127,14 +148,35 @@ def _name(side: Checkpoint, file: Path) -> str:
     )
 
 
-def input_files(sides: Iterable[Checkpoint]) -> list[Path]:
-    """Every file that says what the models are, once."""
-    return list(dict.fromkeys(file for side in sides for file in side.files))
+def input_files(sides: Sequence[Checkpoint]) -> list[Path]:
+    """Every file that is read of the base, which comes first, and of the fine-tuned models, once."""
+    return list(dict.fromkeys(file for i, side in enumerate(sides) for file in _files(side, i == 0)))
 
 
 def _commit(path: Path) -> str | None:
     """The commit of a model in the hub's cache, whose directory is named by it."""
     return path.name if path.parent.name == "snapshots" and COMMIT.fullmatch(path.name) else None
+
+
+def pinned(lock: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of a lock, its hub models at the commits that were merged, wherever their branches are now."""
+    names = {side["ref"]: _at_commit(side) for side in lock["inputs"]}
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replaced(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [replaced(item) for item in value]
+        return names.get(value, value) if isinstance(value, str) else value
+
+    return {key: replaced(value) for key, value in lock["recipe"].items()}
+
+
+def _at_commit(side: Mapping[str, Any]) -> str:
+    """A reference with the commits of the model and of its adapter."""
+    commits = (side["commit"], side.get("adapter_commit"))
+    parts = zip(side["ref"].split("+"), commits, strict=False)
+    return "+".join(f"{part.partition('@')[0]}@{commit}" if commit else part for part, commit in parts)
 
 
 class _File(BaseModel):
@@ -145,7 +187,8 @@ class _File(BaseModel):
 class _Input(BaseModel):
     role: str
     ref: str
-    commit: str | None
+    commit: str | None = Field(pattern=f"^{COMMIT.pattern}$")
+    adapter_commit: str | None = Field(default=None, pattern=f"^{COMMIT.pattern}$")
     files: dict[str, _File]
 
 

@@ -16,7 +16,8 @@ from typing import Any, Literal
 __all__ = ["Mismatch", "compare_locks"]
 
 Grade = Literal["result", "input", "environment"]
-WRITTEN_ANEW = ("README.md", "alphas.svg")  # say when and with what the merge was made
+CARD = "README.md"
+WRITTEN_ANEW = (CARD, "alphas.svg")  # say when and with what the merge was made
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@
     unreadable      the directory is no whole checkpoint
     inconclusive    nothing is wrong, but not all could be checked: no lock, or inputs that are not here any more
 
-With its inputs gone, files can still be compared with the sha256 in the lock. It knows plans, locks and checkpoints.
+With its inputs gone, files can still be compared with the sha256 in the lock. README.md is for people to edit, so that
+it was is a remark. It knows plans, locks and checkpoints.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from arma_mergekit.errors import CheckpointError, RecipeError
 from arma_mergekit.kernel import widen
 from arma_mergekit.merge.beside import companions, unlike_companions
 from arma_mergekit.merge.layout import rows, sides_of
-from arma_mergekit.merge.lock import LOCK, read_lock
-from arma_mergekit.merge.reproduce import WRITTEN_ANEW
+from arma_mergekit.merge.lock import LOCK, by_tensor, input_files, name_in, pinned, read_lock
+from arma_mergekit.merge.reproduce import CARD, WRITTEN_ANEW
 from arma_mergekit.merge.stream import Advance, Blocks, Buffers, cores
 from arma_mergekit.plan import Plan, PlannedTensor, plan
 from arma_mergekit.plan.plan import DTYPES
@@ -44,10 +45,15 @@ Status = Literal["verified", "differs", "unreadable", "inconclusive"]
 
 @dataclass(frozen=True)
 class Report:
-    """``findings``: what is wrong, a sentence each; ``missing``: what could not be checked; ``tensors``: compared."""
+    """What was found, a sentence each.
+
+    ``findings``: what is wrong; ``missing``: what could not be checked; ``remarks``: what is neither; ``tensors``: how
+    many were compared.
+    """
 
     findings: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     tensors: int = 0
     readable: bool = True
 
@@ -64,11 +70,13 @@ def verify(
     recipe: Recipe | None = None,
     *,
     quick: bool = False,
+    digests: bool = False,
     begin: Callable[[int], Advance] = lambda _: lambda _: None,
 ) -> Report:
-    """Compare ``out`` with what its lock's recipe gives (or ``recipe``); ``quick``: headers and sizes only.
+    """Compare ``out`` with what its lock's recipe gives (or ``recipe``).
 
-    ``begin`` is told how many bytes will be compared and returns what is called with them as they are.
+    ``quick``: headers and sizes only; ``digests``: check those of the lock too, though the tensors are compared
+    anyway; ``begin`` is told how many bytes will be compared and returns what is called with them as they are.
     """
     try:
         with readable(str(out)):
@@ -76,27 +84,32 @@ def verify(
         lock = read_lock(out / LOCK) if (out / LOCK).is_file() else None
     except CheckpointError as error:
         return Report(tuple(str(error).splitlines()), readable=False)
-    findings = [*_headers(merged), *_files(out, lock, sizes_only=True)]
+    findings, remarks = [*_headers(merged), *_files(out, lock, sizes_only=True)], tuple(_card(out, lock))
     planned, missing = _replayable(lock, recipe)
+    if lock is not None and not quick and (digests or planned is None):
+        findings += _files(out, lock)
     if planned is None:
-        if lock is not None and not quick:
-            findings += _files(out, lock)
-            if all(said["sha256"] is None for said in lock["output"]["files"].values()):
-                missing = (*missing, f"{LOCK} has no digests, so nothing was compared.")
-        return Report(tuple(findings), missing)
+        files = lock["output"]["files"].values() if lock is not None and not quick else ()
+        if files and all(said["sha256"] is None for said in files):
+            missing = (*missing, f"{LOCK} has no digests, so nothing was compared.")
+        return Report(tuple(dict.fromkeys(findings)), missing, remarks)
     source = recipe or _recipe(lock or {})
     unlike = list(_structure(merged, planned))
     findings += [*unlike, *_companions(merged, planned, source)]
+    if lock is not None and recipe is None:
+        findings += _told(lock, planned)
     if quick or unlike:
-        return Report(tuple(dict.fromkeys(findings)))
+        return Report(tuple(dict.fromkeys(findings)), remarks=remarks)
     findings += _files(out, lock, only=WRITTEN_ANEW)
+    if digests and lock is not None:
+        findings += _inputs(lock, planned)
     advance = begin(sum(t.bytes_written for t in planned.tensors))
     findings += replay(merged, planned, DTYPES.get(source.dtype or ""), advance)
-    return Report(tuple(dict.fromkeys(findings)), tensors=len(planned.tensors))
+    return Report(tuple(dict.fromkeys(findings)), remarks=remarks, tensors=len(planned.tensors))
 
 
 def _recipe(lock: Mapping[str, Any]) -> Recipe:
-    return Recipe.parse(lock["recipe"], Path(lock.get("recipe_file", LOCK)))
+    return Recipe.parse(pinned(lock) if lock else {}, Path(lock.get("recipe_file", LOCK)))
 
 
 def _replayable(lock: Mapping[str, Any] | None, recipe: Recipe | None) -> tuple[Plan | None, tuple[str, ...]]:
@@ -139,7 +152,7 @@ def _files(
     """Files of the lock that are gone, or have another size or content."""
     for name, said in (lock or {"output": {"files": {}}})["output"]["files"].items():
         file = out / name
-        if only is not None and name not in only:
+        if name == CARD or (only is not None and name not in only):
             continue
         if not file.is_file():
             yield f"{name} is missing, though {LOCK} lists it."
@@ -147,6 +160,29 @@ def _files(
             yield f"{name} has {file.stat().st_size:,} bytes, {LOCK} says {said['bytes']:,}."
         elif not sizes_only and said["sha256"] is not None and sha256_of(file) != said["sha256"]:
             yield f"{name} is not the file that was merged: its sha256 is not the one in {LOCK}."
+
+
+def _card(out: Path, lock: Mapping[str, Any] | None) -> Iterator[str]:
+    said = lock["output"]["files"].get(CARD) if lock else None
+    file = out / CARD
+    if said and said["sha256"] is not None and not (file.is_file() and sha256_of(file) == said["sha256"]):
+        yield f"{CARD} was {'edited' if file.is_file() else 'deleted'} after the merge."
+
+
+def _told(lock: Mapping[str, Any], planned: Plan) -> Iterator[str]:
+    """What the lock says of tensors that is not what its recipe gives."""
+    for what, facts in by_tensor(planned).items():
+        if lock.get(what) != facts:
+            yield f"{LOCK} has other {what} than its recipe gives."
+
+
+def _inputs(lock: Mapping[str, Any], planned: Plan) -> Iterator[str]:
+    """Inputs whose sha256 is not the one in the lock."""
+    for side, said in zip(sides_of(planned), lock["inputs"], strict=False):
+        for file in input_files([side]):
+            known = said["files"].get(name_in(side, file), {}).get("sha256")
+            if known is not None and sha256_of(file) != known:
+                yield f"{file} is not the file that was merged: its sha256 is not the one in {LOCK}."
 
 
 def _companions(merged: Checkpoint, planned: Plan, recipe: Recipe) -> Iterator[str]:
@@ -158,6 +194,8 @@ def _companions(merged: Checkpoint, planned: Plan, recipe: Recipe) -> Iterator[s
     weights = {t.file for t in merged.tensors.values()}
     for file in sorted(p for p in merged.path.rglob("*") if p.is_symlink() or not p.is_dir()):
         name = file.relative_to(merged.path).as_posix()
+        if name.startswith("."):  # what git and downloads from the hub leave; no library loads it
+            continue
         if name not in (*wanted, INDEX, LOCK, *WRITTEN_ANEW) and file not in weights:
             yield f"{name} is no file of this merge."
 
