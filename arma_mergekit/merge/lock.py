@@ -128,8 +128,17 @@ def _input(role: str, side: Checkpoint, digests: Mapping[Path, str | None]) -> d
         files = {name_in(side, f): {"bytes": f.stat().st_size, "sha256": digests.get(f)} for f in read}
     except FileNotFoundError as error:
         raise changed(Path(error.filename)) from error
-    commit, adapter = map(_commit, (*side.directories.values(), Path())[:2])
-    return {"role": role, "ref": side.ref, "commit": commit, "adapter_commit": adapter, "files": files}
+    commits = [
+        *map(_commit, side.directories.values()),
+        None,
+    ]  # of the model, and of its adapter if it has one
+    return {
+        "role": role,
+        "ref": side.ref,
+        "commit": commits[0],
+        "adapter_commit": commits[1],
+        "files": files,
+    }
 
 
 def _files(side: Checkpoint, base: bool) -> list[Path]:
