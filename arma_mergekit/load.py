@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from arma_mergekit.checkpoint import AdaptedCheckpoint, Checkpoint, open_model
 from arma_mergekit.checkpoint.model import some
 from arma_mergekit.errors import CheckpointError, unknown
+from arma_mergekit.plan.compare import shape_errors
 from arma_mergekit.recipe import Recipe
+from arma_mergekit.roles import roles
 
 if TYPE_CHECKING:
     import torch
@@ -76,10 +78,15 @@ def load_live(recipe: Recipe, device: str | None = None) -> Loaded:
         )
     checkpoints = open_model(recipe.base_model), open_model(recipe.finetuned[0].model)
     base, tuned = checkpoints
+    common = [n for n in base.tensors if n in tuned.tensors]
+    if unlike := list(
+        shape_errors(base, tuned, roles(common, base.config), common)
+    ):  # all is scored, so all counts
+        raise CheckpointError("\n".join(unlike))
     dtype = as_dtype(recipe.dtype, base)
     model = build_model(base.path, dtype)
     model.to(device or default_device())
-    shared = [n for n, info in base.tensors.items() if n in tuned.tensors and info.dtype in FLOATS]
+    shared = [n for n in common if base.tensors[n].dtype in FLOATS]
     owners, aliases = assign(shared, model)
     sides = [{n: read_finite(c, n, model.device, dtype) for n in shared} for c in checkpoints]
     check_aliases(aliases, checkpoints, sides)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,12 @@ def test_a_dtype_of_config_json_that_nobody_knows_is_refused_unless_the_recipe_h
     assert str(pair / "base" / "config.json") in message
     assert "Did you mean bfloat16?" in message
     load_live(recipe(pair, dtype="bfloat16"))
+
+
+def test_models_of_different_vocabularies_are_refused_though_a_merge_could_do(pair):
+    shutil.rmtree(pair / "tuned")
+    write_tiny_llama(pair / "tuned", 1, vocab_size=100)
+    assert refusal(pair).startswith("The vocabularies differ: ")
 
 
 def test_positions_and_vocabulary_are_those_of_the_model(pair):

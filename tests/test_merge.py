@@ -456,6 +456,15 @@ def test_without_digests_nothing_is_hashed(models, tmp_path):
     assert verify(tmp_path / "out").status == "verified"
 
 
+def test_new_tokens_of_the_finetuned_model_do_not_matter_where_the_rest_is_the_bases(models, tmp_path):
+    write_tiny_llama(tmp_path / "tuned", 1, vocab_size=100)
+    merge(recipe(tmp_path, models["base"], tmp_path / "tuned", rest="base"), tmp_path / "out")
+    found, base = tensors(tmp_path / "out"), tensors(models["base"])
+    assert [n for n in base if not torch.equal(found[n], base[n]) and ".self_attn." not in n] == []
+    assert any(not torch.equal(found[n], base[n]) for n in base)
+    assert verify(tmp_path / "out").status == "verified"
+
+
 # ---------------------------------------------------------------------- the target
 
 

@@ -341,6 +341,16 @@ def test_vocabularies_that_differ_are_called_that(models, planned):
     )
 
 
+def test_what_is_not_read_of_a_model_may_have_any_shape(models, planned):
+    rewrite(
+        models / "ft",
+        resized(("embed_tokens.weight", "lm_head.weight"), (100, 32)),
+        config={"vocab_size": 100},
+    )
+    assert planned(rest="base").errors == ()
+    assert "vocabularies differ" in only_error(planned(rest=0.1))
+
+
 def test_depths_that_differ_are_one_error(models, planned):
     shutil.rmtree(models / "ft")
     write_tiny_llama(models / "ft", 1, num_hidden_layers=3)

@@ -6,7 +6,7 @@ It knows headers and configs; no recipes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from arma_mergekit.checkpoint.header import FLOATS
 from arma_mergekit.checkpoint.model import some
 from arma_mergekit.roles import Role, layer_counts
 
-__all__ = ["Findings", "compare", "examine", "setting"]
+__all__ = ["Findings", "compare", "examine", "setting", "shape_errors"]
 
 # buffers that old checkpoints hold and every model computes for itself
 RECOMPUTED = (
@@ -75,7 +75,6 @@ def compare(base: Checkpoint, tuned: Checkpoint, roles: Mapping[str, Role]) -> F
     shallow = {stack: min(d.get(stack, 0) for d in depths) for stack in {*depths[0], *depths[1]}}
     extra = {n for n, r in roles.items() if r.layer is not None and r.layer >= shallow[r.stack]}
     _one_sided(base, tuned, roles, extra, found)
-    found.errors += _shape_errors(base, tuned, roles)
     found.warnings += _dtype_warnings(base, tuned)
     return found
 
@@ -146,10 +145,11 @@ def _is_tied(checkpoint: Checkpoint, heads: Collection[str]) -> bool:
     return bool(flag) if flag is not None else not any(n in checkpoint.tensors for n in heads)
 
 
-def _shape_errors(base: Checkpoint, tuned: Checkpoint, roles: Mapping[str, Role]) -> Iterator[str]:
-    unlike = [
-        n for n in base.tensors if n in tuned.tensors and base.tensors[n].shape != tuned.tensors[n].shape
-    ]
+def shape_errors(
+    base: Checkpoint, tuned: Checkpoint, roles: Mapping[str, Role], names: Iterable[str]
+) -> Iterator[str]:
+    """Sentences on those tensors of both whose shapes differ."""
+    unlike = [n for n in names if base.tensors[n].shape != tuned.tensors[n].shape]
     vocabulary = [n for n in unlike if roles[n].part in ("embed", "head") and _same_width(base, tuned, n)]
     others = [n for n in unlike if n not in vocabulary]
     if vocabulary:

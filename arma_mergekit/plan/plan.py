@@ -23,7 +23,7 @@ from arma_mergekit.checkpoint.header import DTYPE_BITS, FLOATS
 from arma_mergekit.checkpoint.model import some
 from arma_mergekit.errors import CheckpointError, RecipeError
 from arma_mergekit.kernel import round_alpha, sole_operand
-from arma_mergekit.plan.compare import compare, examine
+from arma_mergekit.plan.compare import compare, examine, shape_errors
 from arma_mergekit.plan.selectors import NEVER_USED, Scope, check_selectors
 from arma_mergekit.recipe import ModelEntry, Recipe, resolve
 from arma_mergekit.recipe.document import read_yaml
@@ -227,6 +227,11 @@ class _Planner:
             else:
                 alphas = self._rest(name, len(tuned))
             planned.append(self._planned(name, place, alphas, base, tuned))
+        for i, side in enumerate(
+            tuned
+        ):  # what is not read of it may have any shape, as an embedding with new tokens
+            read = [t.name for t in planned if t.alphas[i] != 0]
+            self.errors += shape_errors(base, side, self.placed, read)
         self._note_missing(missing)
         self._note_unusual(planned)
         return planned
