@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -31,14 +31,15 @@ TAGS = ["arma", "merge", "mergekit"]
 
 READ = 20_000  # bytes of a file that are looked at
 FRONT = re.compile(r"---\r?\n(.*?\n)---\s", re.DOTALL)
-ID = re.compile(r"^license:[ \t]*(?:\r?\n[ \t]*-[ \t]*)?['\"]?([\w.+-]+)", re.MULTILINE)
-NAME = re.compile(r"^license_name:[ \t]*['\"]?([\w.+ -]+)", re.MULTILINE)
-LINK = re.compile(r"^license_link:[ \t]*['\"]?(https://[^\s'\"]+)", re.MULTILINE)
+ID = re.compile(r"[\w.+-]+")
+NAME = re.compile(r"[\w.+ -]+")
+LINK = re.compile(r"https://[^\s'\"]+")
 TEXTS = {  # id to how the licence itself begins
     "apache-2.0": re.compile(r"\s*Apache License\s+Version 2\.0"),
     "mit": re.compile(
         r"(\s*(The )?MIT License|.{0,400}?Permission is hereby granted, free of charge)", re.DOTALL
     ),
+    "gpl-2.0": re.compile(r"\s*GNU GENERAL PUBLIC LICENSE\s+Version 2"),
     "gpl-3.0": re.compile(r"\s*GNU GENERAL PUBLIC LICENSE\s+Version 3"),
     "llama3.1": re.compile(r"\s*LLAMA 3\.1 COMMUNITY LICENSE"),
     "llama3.2": re.compile(r"\s*LLAMA 3\.2 COMMUNITY LICENSE"),
@@ -47,8 +48,11 @@ PERMISSIVE = {
     "afl-3.0", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "isc", "mit", "unlicense",
     "zlib",
 }  # fmt: skip
+UNFIT = {"gpl-2.0", "apache-2.0"}  # though the second is permissive
+ADAPTER_OF_COMMIT = re.compile(r"[0-9a-f]{40}/[^/]+")  # its directory in the hub's cache, and a file
 
 Lock = Mapping[str, Any]
+Found = Mapping[str, tuple["Licence", ...]]
 
 
 # ---------------------------------------------------------------------- licences
@@ -72,60 +76,80 @@ class Licence:
         return {key: value for key, value in entries.items() if value}
 
 
-def licences(directories: Mapping[str, Path]) -> dict[str, Licence | None]:
-    """What each model's README.md or LICENSE states; None where neither says anything that is known here."""
+def licences(directories: Mapping[str, Path]) -> dict[str, tuple[Licence, ...]]:
+    """What each model's README.md or LICENSE states, all of which holds; none if neither says anything known here."""
     return {name: _stated(path) or _recognised(path) for name, path in directories.items()}
 
 
-def warnings(found: Mapping[str, Licence | None]) -> list[str]:
+def warnings(found: Found) -> list[str]:
     """What to clear up before a merge of models with these licences is published, a sentence each. No legal advice."""
     told = [
         f"The licence of {name} is not known: neither its README.md nor a LICENSE file states one."
-        for name, licence in found.items()
-        if licence is None
+        for name, terms in found.items()
+        if not terms
     ]
     told += [
         f"{name} is under {licence}, which allows no derivatives, and a merge is one."
-        for name, licence in found.items()
-        if licence and re.search(r"\bnd\b", licence.id)
+        for name, terms in found.items()
+        for licence in terms
+        if re.search(r"\bnd\b", licence.id)
     ]
-    if len(_restrictive(found)) > 1:
-        each = ", ".join(f"{name} is under {licence}" for name, licence in found.items())
+    if len(_restrictive(found)) > 1 or {licence.id for licence in _all(found)} >= UNFIT:
+        each = ", ".join(f"{name} is under {_together(terms)}" for name, terms in found.items())
         told.append(f"The licences may not go together: {each}.")
     return told
 
 
-def _restrictive(found: Mapping[str, Licence | None]) -> set[Licence]:
-    return {licence for licence in found.values() if licence and licence.id not in PERMISSIVE}
+def _all(found: Found) -> set[Licence]:
+    return {licence for terms in found.values() for licence in terms}
 
 
-def _of_merge(found: Mapping[str, Licence | None]) -> Licence | None:
+def _restrictive(found: Found) -> set[Licence]:
+    return {licence for licence in _all(found) if licence.id not in PERMISSIVE}
+
+
+def _together(terms: Collection[Licence]) -> str:
+    return " and ".join(sorted(set(map(str, terms)))) or "none that is known"
+
+
+def _of_merge(found: Found) -> Licence | None:
     """The one licence whose terms include the others'; None if that cannot be told."""
     if not found or warnings(found):
         return None
-    distinct = _restrictive(found) or {licence for licence in found.values() if licence}
-    if len(distinct) == 1:
-        return distinct.pop()
-    return Licence("other", " and ".join(sorted(map(str, distinct))))
+    distinct = _restrictive(found) or _all(found)
+    return distinct.pop() if len(distinct) == 1 else Licence("other", _together(distinct))
 
 
-def _stated(directory: Path) -> Licence | None:
+def _stated(directory: Path) -> tuple[Licence, ...]:
+    """Of the front matter: `license` is an id or a list of ids, whose `other` has name and link beside it."""
     front = FRONT.match(_text(directory / "README.md"))
-    if front is None or (found := ID.search(front[1])) is None:
-        return None
-    if found[1] != "other":
-        return Licence(found[1])
-    name, link = NAME.search(front[1]), LINK.search(front[1])
-    return Licence("other", name[1].strip(), link and link[1]) if name else None
+    try:
+        said = yaml.load(front[1] if front else "", yaml.BaseLoader)  # noqa: S506 - makes only text
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return ()
+    said = said if isinstance(said, dict) else {}
+    stated = said.get("license")
+    ids = [_like(ID, each).lower() for each in (stated if isinstance(stated, list) else [stated])]
+    other = Licence(
+        "other", _like(NAME, said.get("license_name")), _like(LINK, said.get("license_link")) or None
+    )
+    if not all(ids) or ("other" in ids and not other.name):
+        return ()
+    return tuple(other if each == "other" else Licence(each) for each in ids)
 
 
-def _recognised(directory: Path) -> Licence | None:
+def _like(pattern: re.Pattern[str], value: object) -> str:
+    """A text of that form; "" for anything else."""
+    return value if isinstance(value, str) and pattern.fullmatch(value) else ""
+
+
+def _recognised(directory: Path) -> tuple[Licence, ...]:
     for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
         text = _text(directory / name)
         for known, beginning in TEXTS.items():
             if beginning.match(text):
-                return Licence(known)
-    return None
+                return (Licence(known),)
+    return ()
 
 
 def _text(file: Path) -> str:
@@ -142,7 +166,7 @@ def _text(file: Path) -> str:
 # ---------------------------------------------------------------------- the card
 
 
-def render(lock: Lock, found: Mapping[str, Licence | None]) -> str:
+def render(lock: Lock, found: Found) -> str:
     """README.md of the checkpoint that a lock describes; ``found``: `licences` of its parents."""
     evaluation = lock.get("evaluation")
     names = [cell(entry["ref"]) for entry in lock["inputs"]]
@@ -167,11 +191,11 @@ def render(lock: Lock, found: Mapping[str, Licence | None]) -> str:
     return "\n\n".join(filter(None, blocks)) + "\n"
 
 
-def _front(lock: Lock, found: Mapping[str, Licence | None]) -> dict[str, Any]:
+def _front(lock: Lock, found: Found) -> dict[str, Any]:
     """What the Hub reads."""
     licence = _of_merge(found)
     return {
-        "base_model": list(dict.fromkeys(name for entry in lock["inputs"] for name in _hub_ids(entry))),
+        "base_model": _names(lock, True),
         "base_model_relation": "merge",
         "library_name": "transformers",
         **(licence.front if licence else {}),
@@ -179,12 +203,26 @@ def _front(lock: Lock, found: Mapping[str, Licence | None]) -> dict[str, Any]:
     }
 
 
-def _hub_ids(entry: Mapping[str, Any]) -> Iterator[str]:
-    """Names of a model and its adapter that can be ids; the Hub takes no card that names anything else."""
-    reference = ModelReference.parse(entry["ref"])
-    for name in (reference.model, reference.adapter):
-        if name and HUB_ID.fullmatch(name) and (entry.get("commit") or "/" in name):
-            yield name
+def _names(lock: Lock, of_hub: bool) -> list[str]:
+    """The parents that are ids of the Hub, or those that are not."""
+    parts = (part for entry in lock["inputs"] for part in _parts(entry))
+    return list(dict.fromkeys(name for name, is_id in parts if is_id == of_hub))
+
+
+def _parts(entry: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Names of a model and its adapter, and whether each is an id of the Hub.
+
+    A local directory may look like one (models/base), but only the hub's cache has commits and revisions.
+    """
+    ref = ModelReference.parse(entry["ref"])
+    yield ref.model, _is_id(ref.model, entry.get("commit") or ref.revision)
+    if ref.adapter is not None:
+        cached = any(map(ADAPTER_OF_COMMIT.fullmatch, entry["files"]))
+        yield ref.adapter, _is_id(ref.adapter, cached or ref.adapter_revision)
+
+
+def _is_id(name: str, from_hub: object) -> bool:
+    return bool(from_hub) and HUB_ID.fullmatch(name) is not None
 
 
 def _making(lock: Lock) -> Iterator[str]:
@@ -199,7 +237,7 @@ def _making(lock: Lock) -> Iterator[str]:
     yield f"    arma merge {' '.join(shlex.quote(lock['recipe_file']).split())} out/"
     rows = [[entry["role"], entry["ref"], (entry.get("commit") or "")[:12]] for entry in lock["inputs"]]
     yield table(["", "model", "commit"], rows, 3)
-    if local := [cell(entry["ref"]) for entry in lock["inputs"] if not entry.get("commit")]:
+    if local := [cell(name) for name in _names(lock, False)]:
         yield f"Local directories, to be named in `base_model` by ids of the Hub before publishing: {', '.join(local)}."
 
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from arma_mergekit.card import Licence, licences, picture, render, warnings
 
-APACHE, MIT, LLAMA = Licence("apache-2.0"), Licence("mit"), Licence("llama3.1")
+APACHE, MIT, LLAMA = ((Licence(id),) for id in ("apache-2.0", "mit", "llama3.1"))
+GPL2, GPL3, NC, ND = ((Licence(id),) for id in ("gpl-2.0", "gpl-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0"))
+UNKNOWN = ()
 TENSORS = {
     "model.layers.0.self_attn.q_proj.weight": (0.2, [0, "q", True]),
     "model.layers.1.self_attn.q_proj.weight": (0.6, [1, "q", True]),
@@ -110,13 +112,28 @@ def test_what_mergekit_executed_has_a_card_without_alphas():
     assert front(card)["base_model"] == ["org/base", "org/finetuned"]
 
 
-def test_only_names_that_can_be_ids_of_the_hub_are_listed():
-    lock = make_lock(base="/srv/models/base", tuned=("./finetuned+org/adapter",))
-    for entry in lock["inputs"]:
-        entry["commit"] = None
+def base_models(ref, commit, *files):
+    lock = make_lock(base=ref)
+    lock["inputs"] = [{"role": "base", "ref": ref, "commit": commit, "files": dict.fromkeys(files)}]
     card = render(lock, {})
-    assert front(card)["base_model"] == ["org/adapter"]
-    assert "Local directories, to be named in `base_model`" in card
+    return front(card)["base_model"], "Local directories, to be named in `base_model`" in card
+
+
+COMMIT = "c" * 40
+
+
+def test_only_what_came_from_the_hub_is_declared_a_parent_there():
+    assert base_models("org/base", COMMIT) == (["org/base"], False)
+    assert base_models("gpt2", COMMIT) == (["gpt2"], False)
+    assert base_models("org/base@main", None) == (["org/base"], False)
+    assert base_models("models/base", None) == ([], True)
+    assert base_models(f"/cache/models--org--x/snapshots/{COMMIT}", COMMIT) == ([], True)
+
+
+def test_a_model_and_its_adapter_may_come_from_different_places():
+    assert base_models("/srv/base+org/lora", None, f"{COMMIT}/adapter_config.json") == (["org/lora"], True)
+    assert base_models("org/base+runs/lora", COMMIT, "lora/adapter_config.json") == (["org/base"], True)
+    assert base_models("models/base+runs/lora@v1", None) == (["runs/lora"], True)
 
 
 HOSTILE = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40).filter(
@@ -135,12 +152,12 @@ NASTY = [
 
 @given(base=HOSTILE | st.sampled_from(NASTY), tuned=HOSTILE | st.sampled_from(NASTY), path=HOSTILE)
 def test_no_name_breaks_the_front_matter_or_the_markdown(base, tuned, path):
-    plain = render(make_lock(evaluation=EVALUATION), {"org/base": None, "org/finetuned": MIT})
+    plain = render(make_lock(evaluation=EVALUATION), {"org/base": UNKNOWN, "org/finetuned": MIT})
     evaluation = copy.deepcopy(EVALUATION) | {"rival": base, "candidate": tuned}
     lock = make_lock(base, (tuned,), evaluation, path)
     for entry in lock["inputs"]:
         entry["commit"] = None
-    card = render(lock, {base: None, tuned: MIT} if base != tuned else {base: None, "x": MIT})
+    card = render(lock, {base: UNKNOWN, tuned: MIT} if base != tuned else {base: UNKNOWN, "x": MIT})
     assert card.startswith("---\nbase_model")
     assert set(front(card)) <= {"base_model", "base_model_relation", "library_name", "license", "tags"}
     body, usual = (text.split("\n---\n", 1)[1] for text in (card, plain))
@@ -171,16 +188,25 @@ def write(directory, **files):
             {
                 "README_md": "---\nlicense: other\nlicense_name: qwen\nlicense_link: https://x.y/LICENSE\n---\n"
             },
-            Licence("other", "qwen", "https://x.y/LICENSE"),
+            (Licence("other", "qwen", "https://x.y/LICENSE"),),
         ),
-        ({"README_md": "---\nlicense: other\n---\n"}, None),
-        ({"README_md": "# no front matter\nlicense: mit\n"}, None),
+        ({"README_md": "---\nlicense:\n- apache-2.0\n- cc-by-nc-4.0\n---\n"}, (*APACHE, *NC)),
+        ({"README_md": "---\nlicense: [mit, gpl-2.0] # both\n---\n"}, (*MIT, *GPL2)),
+        ({"README_md": "---\nlicense: >-\n  Apache-2.0\n---\n"}, APACHE),
+        ({"README_md": "---\nlicense: MIT\n---\n"}, MIT),
+        ({"README_md": "---\nlicense: [mit, other]\n---\n"}, UNKNOWN),
+        ({"README_md": "---\nlicense: [mit, {a: b}]\n---\n"}, UNKNOWN),
+        ({"README_md": "---\nlicense: [mit\n---\n"}, UNKNOWN),
+        ({"README_md": f"---\nlicense: {'[' * 9999}\n---\n"}, UNKNOWN),
+        ({"README_md": "---\nlicense: other\n---\n"}, UNKNOWN),
+        ({"README_md": "# no front matter\nlicense: mit\n"}, UNKNOWN),
+        ({"LICENSE": "      GNU GENERAL PUBLIC LICENSE\n         Version 2, June 1991\n"}, GPL2),
         ({"LICENSE": "                 Apache License\n           Version 2.0, January 2004\n"}, APACHE),
         ({"LICENSE": "MIT License\n\nCopyright (c) 2026 X\n"}, MIT),
         ({"LICENSE": "Copyright 2026 X\n\nPermission is hereby granted, free of charge, to any person"}, MIT),
         ({"LICENSE_txt": "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n"}, LLAMA),
-        ({"LICENSE": "All rights reserved. The MIT License does not apply."}, None),
-        ({}, None),
+        ({"LICENSE": "All rights reserved. The MIT License does not apply."}, UNKNOWN),
+        ({}, UNKNOWN),
     ],
 )
 def test_a_licence_is_what_the_readme_or_the_licence_file_states(tmp_path, files, expected):
@@ -190,7 +216,7 @@ def test_a_licence_is_what_the_readme_or_the_licence_file_states(tmp_path, files
 def test_a_readme_that_is_no_file_or_no_text_states_nothing(tmp_path):
     (tmp_path / "README.md").mkdir()
     (tmp_path / "LICENSE").write_bytes(b"\xff\xfe\x00" * 10_000)
-    assert licences({"x": tmp_path, "y": Path("/nowhere")}) == {"x": None, "y": None}
+    assert licences({"x": tmp_path, "y": Path("/nowhere")}) == {"x": UNKNOWN, "y": UNKNOWN}
 
 
 def licence_in(found):
@@ -204,9 +230,16 @@ def licence_in(found):
         (LLAMA, MIT, {"license": "llama3.1"}),
         (LLAMA, LLAMA, {"license": "llama3.1"}),
         (APACHE, MIT, {"license": "other", "license_name": "apache-2.0 and mit"}),
-        (LLAMA, Licence("cc-by-nc-4.0"), {}),
-        (APACHE, None, {}),
-        (APACHE, Licence("cc-by-nc-nd-4.0"), {}),
+        ((*APACHE, *NC), MIT, {"license": "cc-by-nc-4.0"}),
+        (GPL3, APACHE, {"license": "gpl-3.0"}),
+        (GPL2, MIT, {"license": "gpl-2.0"}),
+        (GPL2, APACHE, {}),
+        (LLAMA, NC, {}),
+        ((*APACHE, *NC), LLAMA, {}),
+        ((*GPL3, *NC), MIT, {}),
+        (APACHE, UNKNOWN, {}),
+        (APACHE, ND, {}),
+        (APACHE, (*MIT, *ND), {}),
     ],
 )
 def test_the_merge_has_the_strictest_licence_or_none_if_that_cannot_be_told(base, tuned, expected):
@@ -216,8 +249,11 @@ def test_the_merge_has_the_strictest_licence_or_none_if_that_cannot_be_told(base
 
 
 def test_what_is_not_clear_is_said_in_a_sentence_and_in_the_card():
-    (unknown,) = warnings({"org/base": None, "b": MIT})
+    (unknown,) = warnings({"org/base": UNKNOWN, "b": MIT})
     assert unknown.startswith("The licence of org/base is not known")
-    (mixed,) = warnings({"a": LLAMA, "b": Licence("cc-by-nc-4.0")})
-    assert mixed == "The licences may not go together: a is under llama3.1, b is under cc-by-nc-4.0."
-    assert "> The licence of org/base is not known" in render(make_lock(), {"org/base": None})
+    (mixed,) = warnings({"a": LLAMA, "b": (*NC, *APACHE)})
+    assert (
+        mixed
+        == "The licences may not go together: a is under llama3.1, b is under apache-2.0 and cc-by-nc-4.0."
+    )
+    assert "> The licence of org/base is not known" in render(make_lock(), {"org/base": UNKNOWN})

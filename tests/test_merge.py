@@ -33,6 +33,7 @@ from arma_mergekit.kernel import average
 from arma_mergekit.merge import beside, merge, pinned, stream, verify
 from arma_mergekit.merge.layout import Copied, lay_out
 from arma_mergekit.merge.target import draft_of, remove_dead_drafts
+from arma_mergekit.merge.unlike import unlike_base
 from arma_mergekit.merge.verify import same_bits
 from arma_mergekit.plan import plan
 from arma_mergekit.recipe import Recipe
@@ -316,10 +317,146 @@ def test_config_tokenizer_templates_and_code_are_the_bases_to_the_byte(models, t
     assert set(merged.lock["output"]["files"]) >= {"tokenizer.json", "additional_chat_templates/tools.jinja"}
 
 
-def test_a_tokenizer_that_differs_is_a_warning(models, tmp_path):
+BESIDE = (
+    "video_preprocessor_config.json", "tekken.json", "audio_tokenizer_config.json", "source.spm", "target.spm",
+    "bpe.codes", "vocab.txt", "License.md", "custom_generate/generate.py", "custom_generate/requirements.txt",
+    "sub/mod.py", "sub/deep/er/mod.py", "modules.json", "1_Pooling/config.json",
+)  # fmt: skip
+NOT_BESIDE = (
+    "pytorch_model.bin.index.json", "adapter_config.json", "adapter_model.bin", "weights.h5", "optimizer.pt", "a.gguf",
+    "trainer_state.json", "train_results.json", "data.json", "notes.txt", "picture.png", ".env", ".hidden.json",
+    "client_secret.json", "credentials.json", "siamese.json", "finetune.json", "arma.lock.json", "onnx/model.onnx",
+    "checkpoint-5/modeling_own.py", ".git/hook.py", "a/b/c/d/mod.py", "data/rows.json", "onnx/config.json",
+    "custom_generate/weights.safetensors",
+)  # fmt: skip
+
+
+def test_whatever_its_name_all_that_readers_need_goes_beside_and_nothing_else(models, tmp_path):
+    base = write_tiny_llama(tmp_path / "from")
+    for name in (*BESIDE, *NOT_BESIDE):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(f"{{}} {name}")
+    (base / "pickled.model").write_bytes(b"\x80\x04 a pickle")
+    (base / "zipped.model").write_bytes(b"PK\x03\x04 another")
+    os.truncate(base / "tekken.json", 10**8)
+    (base / "large.json").touch()
+    os.truncate(base / "large.json", 10**9)
+    (base / "elsewhere").symlink_to(tmp_path / "from" / "sub")
+    out = tmp_path / "out"
+    merge(recipe(tmp_path, base, models["tuned"]), out)
+    written = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert written == {"config.json", "model.safetensors", LOCK, *BESIDE}
+    assert all((out / name).read_bytes() == (base / name).read_bytes() for name in BESIDE)
+    assert verify(out).status == "verified"
+    (out / "sub" / "mod.py").write_text("import os")
+    (out / "source.spm").unlink()
+    assert {"sub/mod.py is not the base's.", "source.spm is missing."} <= set(verify(out).findings)
+
+
+def test_a_folder_of_code_that_leads_out_of_the_model_is_refused(models, tmp_path):
+    base = companion_model(tmp_path / "from")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "generate.py").write_text("x = 1")
+    (base / "custom_generate").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="outside the model"):
+        merge(recipe(tmp_path, base, models["tuned"]), tmp_path / "out")
+
+
+# ---------------------------------------------------------------------- what the fine-tuned model has otherwise
+
+
+def put(path, name, content):
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def unlike(models, tmp_path, ours, theirs, adapted=False):
+    """Sentences on a base and a fine-tuned model (or an adapter) with these small files, without their names."""
+    base, tuned = (write_tiny_llama(tmp_path / "unlike" / name) for name in ("base", "tuned"))
+    if adapted:
+        tuned = tmp_path / "unlike" / "lora"
+        write_adapter(tuned, {"model.layers.0.self_attn.q_proj": (32, 32)})
+    for path, files in ((base, ours), (tuned, theirs)):
+        for name, content in files.items():
+            put(path, name, content)
+    ref = f"{base}+{tuned}" if adapted else str(tuned)
+    found = list(unlike_base(open_model(str(base)), open_model(ref)))
+    return [sentence.replace(ref, "TUNED").replace(str(base), "BASE") for sentence in found]
+
+
+CONFIG, TOKENIZER, GENERATION = "tokenizer_config.json", "tokenizer.json", "generation_config.json"
+JINJA = "chat_template.jinja"
+UNLIKE = {
+    "tokenizer": ({TOKENIZER: "1"}, {TOKENIZER: "2"}, "tokenizer.json differs between BASE and TUNED; the result has"),
+    "vocabulary": ({"a.tiktoken": "1"}, {"a.tiktoken": "2"}, "a.tiktoken differs between BASE and TUNED"),
+    "no tokenizer": (
+        {}, {TOKENIZER: "1", CONFIG: {"eos_token": "x"}, JINJA: "t"},
+        "Only TUNED has a tokenizer; the result has none, as the base: copy tokenizer.json, chat_template.jinja, "
+        "tokenizer_config.json into it.",
+    ),
+    "template": ({}, {JINJA: "t"}, "Only TUNED has a chat template; the result has none"),
+    "template in the settings": ({CONFIG: {}}, {CONFIG: {"chat_template": "t"}}, "Only TUNED has a chat template"),
+    "other template": ({JINJA: "t"}, {CONFIG: {"chat_template": "u"}}, "The chat template of TUNED is not that of"),
+    "further template": (
+        {JINJA: "t"}, {JINJA: "t", "additional_chat_templates/rag.jinja": "r"}, "The chat template of TUNED is not",
+    ),
+    "end token": (
+        {CONFIG: {"eos_token": "</s>"}}, {CONFIG: {"eos_token": {"content": "<|im_end|>"}}},
+        'TUNED has other special tokens than BASE (eos_token "<|im_end|>" for "</s>"); the result has the base\'s',
+    ),
+    "end token in the map": (
+        {"special_tokens_map.json": {"eos_token": "a"}}, {CONFIG: {"eos_token": "b"}}, 'TUNED has other special tokens',
+    ),
+    "generation": (
+        {GENERATION: {"eos_token_id": 2}}, {GENERATION: {"eos_token_id": [2, 7]}},
+        "TUNED generates with other settings than BASE (eos_token_id [2, 7] for 2); the result has the base's",
+    ),
+    "generation alone": ({}, {GENERATION: {"temperature": 0.6}}, "TUNED generates with other settings than BASE"),
+    "end id of the config": ({GENERATION: {"eos_token_id": 7}}, {}, "TUNED generates with other settings than BASE"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("ours", "theirs", "expected"), UNLIKE.values(), ids=UNLIKE.keys())
+def test_what_the_result_will_not_have_of_the_finetuned_model_is_one_sentence(
+    models, tmp_path, ours, theirs, expected
+):
+    (sentence,) = unlike(models, tmp_path, ours, theirs)
+    assert sentence.startswith(expected)
+
+
+ALIKE = {
+    "nothing": ({}, {}),
+    "only the base's": ({TOKENIZER: "1", JINJA: "t", GENERATION: {"top_p": 0.9}}, {}),
+    "kept elsewhere": ({JINJA: "t\n"}, {CONFIG: {"chat_template": [{"name": "default", "template": "t"}]}}),
+    "saved again": (
+        {CONFIG: {"eos_token": {"content": "e"}, "name_or_path": "a", "tokenizer_class": "LlamaTokenizer"}},
+        {CONFIG: {"eos_token": "e", "bos_token": None, "backend": "tokenizers", "pad_token": "e"}},
+    ),
+    "library": (
+        {GENERATION: {"transformers_version": "4", "do_sample": False, "bos_token_id": None}},
+        {GENERATION: {"transformers_version": "5", "_from_model_config": True, "eos_token_id": [2], "temperature": 1.0,
+                      "pad_token_id": 2, "use_cache": False}},
+    ),
+    "no JSON": ({CONFIG: {}}, {CONFIG: "{", GENERATION: "[]"}),
+    "odd": ({CONFIG: {}}, {CONFIG: {"chat_template": [5, {"name": 3}], "eos_token": {}}, GENERATION: {}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("ours", "theirs"), ALIKE.values(), ids=ALIKE.keys())
+def test_what_changes_nothing_for_users_is_no_warning(models, tmp_path, ours, theirs):
+    assert unlike(models, tmp_path, ours, theirs) == []
+
+
+def test_the_tokenizer_saved_beside_an_adapter_is_the_finetuned_models(models, tmp_path):
+    ours, theirs = {CONFIG: {}, TOKENIZER: "1"}, {CONFIG: {}, TOKENIZER: "1", JINJA: "t"}
+    (sentence,) = unlike(models, tmp_path, ours, theirs, adapted=True)
+    assert sentence.startswith("Only TUNED has a chat template")
+
+
+def test_a_merge_warns_of_what_the_finetuned_model_has_otherwise(models, tmp_path):
     base, tuned = companion_model(tmp_path / "from"), companion_model(tmp_path / "to")
     merged = merge(recipe(tmp_path, base, tuned, alpha=0.5), tmp_path / "out")
-    assert f"tokenizer.json differs between {base} and {tuned}; the result has the base's." in merged.warnings
+    assert f"tokenizer.json differs between {base} and {tuned}; " in "\n".join(merged.warnings)
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])

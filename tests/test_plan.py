@@ -423,7 +423,67 @@ def test_another_rope_theta_is_warned_about_however_it_is_spelled(models, planne
     rewrite(models / "ft", config={"rope_theta": None, "rope_parameters": {"rope_theta": 10000.0}})
     assert planned().warnings == ()
     rewrite(models / "ft", config={"rope_theta": None, "rope_parameters": {"rope_theta": 500000.0}})
-    assert only_warning(planned()).startswith("rope_theta is 10000 in base and 500000 in ft")
+    assert only_warning(planned()).startswith("rope_theta is 10000.0 in base and 500000.0 in ft;")
+
+
+YARN = {"type": "yarn", "factor": 4.0}
+NESTED = {
+    "rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ({}, {"max_position_embeddings": 4096}, "max_position_embeddings is 128 in base and 4096 in ft"),
+        ({}, {"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-05 in base and 1e-06 in ft"),
+        ({}, {"hidden_act": "gelu"}, 'hidden_act is "silu" in base and "gelu" in ft'),
+        ({"sliding_window": None}, {"sliding_window": 64}, "sliding_window is null in base and 64 in ft"),
+        ({}, {"rope_scaling": YARN}, 'rope_type is "default" in base and "yarn" in ft'),
+        ({"rope_scaling": YARN}, {"rope_scaling": YARN | {"factor": 8}}, "factor is 4.0 in base and 8 in ft"),
+        (
+            NESTED,
+            {"rope_parameters": NESTED["rope_parameters"] | {"full_attention": {"rope_theta": 1e4}}},
+            'rope_theta of "full_attention" is 1000000.0 in base and 10000.0 in ft',
+        ),
+    ],
+)
+def test_weights_that_the_config_uses_otherwise_are_warned_about(models, planned, ours, theirs, expected):
+    rewrite(models / "base", config=ours)
+    rewrite(models / "ft", config=theirs)
+    assert only_warning(planned()).startswith(f"{expected}; the result gets the base's, so check that")
+
+
+def test_settings_that_differ_are_one_sentence(models, planned):
+    rewrite(models / "ft", config={"rms_norm_eps": 1e-6, "rope_theta": 5e5})
+    found = only_warning(planned())
+    assert (
+        "rms_norm_eps is 1e-05 in base and 1e-06 in ft, rope_theta is 10000.0 in base and 500000.0" in found
+    )
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (
+            {"rope_scaling": None},
+            {"rope_theta": None, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
+        ),
+        (
+            {"rope_scaling": YARN},
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 128}},
+        ),
+        ({"rope_scaling": {"type": "su"}}, {"rope_scaling": {"type": "longrope", "rope_type": "longrope"}}),
+        ({"sliding_window": 64, "use_sliding_window": False}, {"sliding_window": None}),
+        ({}, {"sliding_window": 64}),
+        ({}, {"rms_norm_eps": None, "hidden_act": None, "rope_theta": None}),
+        ({}, NESTED),
+    ],
+)
+def test_settings_that_are_only_spelled_otherwise_are_no_warning(models, planned, ours, theirs):
+    rewrite(models / "base", config=ours)
+    rewrite(models / "ft", config=theirs)
+    assert planned().warnings == ()
 
 
 def test_quantised_models_are_refused(models, planned):

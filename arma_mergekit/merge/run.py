@@ -17,11 +17,12 @@ from arma_mergekit.checkpoint.model import SINGLE
 from arma_mergekit.checkpoint.read import changed, read_into
 from arma_mergekit.digest import DigestMemo, sha256_of, state
 from arma_mergekit.errors import CheckpointError
-from arma_mergekit.merge.beside import differing_tokenizers, write_companions
+from arma_mergekit.merge.beside import write_companions
 from arma_mergekit.merge.layout import INDEX, Shard, index_json, lay_out, sides_of
 from arma_mergekit.merge.lock import LOCK, input_files, make_lock, write_lock
 from arma_mergekit.merge.stream import Advance, fill
 from arma_mergekit.merge.target import check_target, draft_of
+from arma_mergekit.merge.unlike import unlike_base
 from arma_mergekit.plan import Plan, plan
 from arma_mergekit.plan.plan import DTYPES
 from arma_mergekit.recipe import Recipe
@@ -68,11 +69,7 @@ def merge(
     check()
     before = _states(input_files(sides))
     agree(planned)
-    warnings = [
-        f"{name} differs between {sides[0].ref} and {side.ref}; the result has the base's."
-        for side in planned.finetuned
-        for name in differing_tokenizers(sides[0], side)
-    ]
+    warnings = [sentence for side in planned.finetuned for sentence in unlike_base(sides[0], side)]
     shards = lay_out(planned, shard_size)
     memo = memo or DigestMemo()
     known: dict[Path, str | None] = {file: memo.get(file) if digests else None for file in before}

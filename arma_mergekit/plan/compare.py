@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from arma_mergekit.checkpoint import Checkpoint
+from arma_mergekit.checkpoint.adapter import shortened
 from arma_mergekit.checkpoint.header import FLOATS
 from arma_mergekit.checkpoint.model import some
 from arma_mergekit.roles import Role, layer_counts
@@ -26,6 +27,16 @@ RECOMPUTED = (
     "attention.masked_bias",
 )
 SAME_CONFIG = ("num_attention_heads", "num_key_value_heads", "head_dim")
+SAME_USE = (
+    "max_position_embeddings", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "hidden_act",
+    "attn_logit_softcapping", "final_logit_softcapping", "num_experts_per_tok",
+)  # fmt: skip
+WINDOW = "sliding_window"
+ROPE = (
+    "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings", "attention_factor",
+    "beta_fast", "beta_slow", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor",
+)  # fmt: skip
+ROPE_TYPES = {"su": "longrope", "mrope": "default"}  # as transformers renames them
 
 
 @dataclass
@@ -87,21 +98,42 @@ def _config_errors(base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
 
 
 def _config_warnings(base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
-    left, right = _rope_theta(base.config), _rope_theta(tuned.config)
-    if None not in (left, right) and left != right:
+    left, right = _computed(base.config), _computed(tuned.config)
+    unlike = [
+        f"{key} is {shortened(left[key])} in {base.ref} and {shortened(right[key])} in {tuned.ref}"
+        for key in left
+        if key in right and left[key] != right[key]
+    ]
+    if unlike:
         yield (
-            f"rope_theta is {left:g} in {base.ref} and {right:g} in {tuned.ref}; the result gets the base's, "
-            "so check that the fine-tuned model was made from this base."
+            f"{', '.join(unlike)}; the result gets the base's, so check that the fine-tuned model was made from this "
+            "base."
         )
     if base.path.resolve() == tuned.path.resolve() and type(base) is type(tuned):
         yield f"{tuned.ref} is the same directory as the base {base.ref}: there is nothing to average."
 
 
-def _rope_theta(config: Mapping[str, Any]) -> Any:
-    parameters = setting(config, "rope_parameters")  # what transformers 5 makes of rope_theta
-    theta = setting(config, "rope_theta")
-    found = parameters.get("rope_theta") if theta is None and isinstance(parameters, Mapping) else theta
-    return found if isinstance(found, int | float) else None
+def _computed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config says of how the weights are used, in one spelling; without what it leaves to a default."""
+    found = {key: value for key in SAME_USE if (value := setting(config, key)) is not None}
+    if any(isinstance(part, Mapping) and WINDOW in part for part in (config, config.get("text_config"))):
+        found[WINDOW] = None if setting(config, f"use_{WINDOW}") is False else setting(config, WINDOW)
+    parts = [setting(config, key) for key in ("rope_scaling", "rope_parameters")]
+    rope = {key: value for part in parts if isinstance(part, Mapping) for key, value in part.items()}
+    if not any(isinstance(value, Mapping) for value in rope.values()):
+        above = {key: setting(config, key) for key in ("rope_theta", "partial_rotary_factor")}
+        return found | _rope(rope | {key: value for key, value in above.items() if value is not None})
+    for kind, part in rope.items():  # of layer, each with its own
+        own = _rope(part) if isinstance(part, Mapping) else {}
+        found |= {f"{key} of {shortened(kind)}": value for key, value in own.items()}
+    return found
+
+
+def _rope(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of rotary embeddings, by the names that transformers 5 has for them."""
+    kind = said.get("rope_type") or said.get("type") or "default"
+    found = {key: value for key in ROPE if (value := said.get(key)) is not None}
+    return found | {"rope_type": ROPE_TYPES.get(str(kind), kind)}
 
 
 def _layer_errors(
