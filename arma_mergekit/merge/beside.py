@@ -22,10 +22,10 @@ from arma_mergekit.checkpoint import Checkpoint
 from arma_mergekit.checkpoint.header import read_json
 from arma_mergekit.checkpoint.locate import SIAMESE, contained, readable
 from arma_mergekit.checkpoint.read import opened
-from arma_mergekit.merge.lock import LOCK
 
-__all__ = ["companions", "unlike_companions", "write_companions"]
+__all__ = ["LOCK", "companions", "unlike_companions", "write_companions"]
 
+LOCK = "arma.lock.json"  # our own record, see lock.py
 CODE = ("*.py", "*.jinja")
 # of file names in lower case
 WANTED = (

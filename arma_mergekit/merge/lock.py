@@ -26,7 +26,7 @@ from arma_mergekit.checkpoint.header import read_json
 from arma_mergekit.checkpoint.model import INDEX
 from arma_mergekit.checkpoint.read import changed
 from arma_mergekit.errors import CheckpointError
-from arma_mergekit.merge.beside import companions
+from arma_mergekit.merge.beside import LOCK, companions
 from arma_mergekit.plan import Plan
 from arma_mergekit.recipe import Recipe
 
@@ -43,7 +43,6 @@ __all__ = [
     "write_lock",
 ]
 
-LOCK = "arma.lock.json"
 FORMAT = 1
 DEEPEST = 40  # levels of a recipe
 COMMIT = re.compile(r"[0-9a-f]{40}")
