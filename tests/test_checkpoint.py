@@ -585,3 +585,33 @@ def test_folding_agrees_with_peft(tmp_path):
     assert len(ours.factors) == 3
     for name in ours.tensors:
         np.testing.assert_allclose(ours.read(name), expected[name].numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:fan_in_fan_out")
+@pytest.mark.parametrize("flag", [False, True])
+def test_in_gpt2_only_conv1d_takes_the_transposed_product_whatever_the_flag_says(tmp_path, flag):
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    small = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 8, "bos_token_id": 0, "eos_token_id": 0}
+    # as many tokens as channels: the head is square too, and is no Conv1D
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=16, tie_word_embeddings=False, **small))
+    model.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["c_proj", "lm_head"], init_lora_weights="gaussian")
+    adapted = get_peft_model(model, lora)
+    for name, values in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(values)
+    adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    file = tmp_path / "lora" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    assert config["fan_in_fan_out"] is False  # the head's, which PEFT wrapped last
+    file.write_text(json.dumps(config | {"fan_in_fan_out": flag}))
+    fresh = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    expected = PeftModel.from_pretrained(fresh, tmp_path / "lora").merge_and_unload().state_dict()
+    ours = open_model(f"{tmp_path / 'base'}+{tmp_path / 'lora'}")
+    assert len(ours.factors) == 3
+    for name in ours.factors:
+        np.testing.assert_allclose(ours.read(name), expected[name].numpy(), rtol=1e-5, atol=1e-6)

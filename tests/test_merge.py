@@ -1031,6 +1031,190 @@ def test_a_failure_of_mergekit_is_a_sentence_and_leaves_nothing(models, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.yml"]
 
 
+def with_tokenizer(path, seed, **config):
+    """A tiny Llama with a tokenizer, a generation config and a licence."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    write_tiny_llama(path, seed, **config)
+    words = models.WordLevel({"<unk>": 0, **{f"w{i}": i for i in range(1, 96)}}, unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="<unk>").save_pretrained(path)
+    (path / "generation_config.json").write_text('{"eos_token_id": 2}')
+    (path / "LICENSE").write_text("of the base")
+    (path / "vocab.json").write_text("{}")
+    return path
+
+
+@pytest.fixture
+def spoken(tmp_path):
+    """Content of a recipe of ours that mergekit's executor does, since it names a tokenizer."""
+    sides = [with_tokenizer(tmp_path / "models" / name, seed) for seed, name in enumerate(("base", "tuned"))]
+    return content(*sides, tokenizer={"source": "base"})
+
+
+def merge_others(tmp_path, given, *options):
+    (tmp_path / "others.yml").write_text(yaml.safe_dump(given))
+    return CliRunner().invoke(
+        cli, ["merge", str(tmp_path / "others.yml"), str(tmp_path / "out"), *options], standalone_mode=False
+    )
+
+
+def test_what_mergekit_leaves_beside_the_base_is_there_and_readable_for_all(spoken, tmp_path):
+    umask = os.umask(0o027)
+    try:
+        done = merge_others(tmp_path, spoken)
+    finally:
+        os.umask(umask)
+    assert done.exit_code == 0, done.output
+    base = tmp_path / "models" / "base"
+    for name in ("generation_config.json", "LICENSE"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+    assert not (tmp_path / "out" / "vocab.json").exists()  # of a tokenizer that mergekit writes anew
+    assert {oct(p.stat().st_mode & 0o777) for p in (tmp_path / "out").iterdir()} == {"0o640"}
+    lock = json.loads((tmp_path / "out" / LOCK).read_text())
+    assert set(lock["output"]["files"]) == {p.name for p in (tmp_path / "out").iterdir()} - {LOCK}
+
+
+def test_an_executor_that_loses_tensors_is_an_error_that_names_them(tmp_path):
+    sides = [write_tiny_llama(tmp_path / "models" / name, seed) for seed, name in enumerate("ab")]
+    for side in sides:  # Llama's attention_bias, which mergekit's definition of Llama does not have
+        held = load_file(side / "model.safetensors")
+        held["model.layers.1.self_attn.q_proj.bias"] = torch.ones(32, dtype=torch.bfloat16)
+        save_file(held, side / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((side / "config.json").read_text())
+        (side / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    done = merge_others(tmp_path, linear({"base": sides[0], "tuned": sides[1]}))
+    assert isinstance(done.exception, RunError)
+    assert re.search(r"leaves out model\.layers\.1\.self_attn\.q_proj\.bias, which all", str(done.exception))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["models", "others.yml"]
+
+
+def fused(path, seed):
+    """Experts one by one, which mergekit writes as transformers 5 holds them: all in two tensors."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(path)
+
+
+def renamed(path, seed):
+    """GPT-2 as it was first published: no `transformer.` before its names, and buffers beside its weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    small = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 8, "vocab_size": 32}
+    GPT2LMHeadModel(GPT2Config(**small, bos_token_id=0, eos_token_id=0)).save_pretrained(path)
+    held = load_file(path / "model.safetensors")
+    held = {name.removeprefix("transformer."): values for name, values in held.items()}
+    held |= {"h.0.attn.bias": torch.ones(1, 1, 8, 8), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(held, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def tied(path, seed):
+    """A head that is the embedding, and is not stored."""
+    write_tiny_llama(path, seed, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("write", [fused, renamed, tied])
+def test_tensors_that_have_new_names_or_are_computed_are_not_lost(tmp_path, write):
+    for seed, name in enumerate(("base", "tuned")):
+        write(tmp_path / name, seed)
+    done = merge_others(tmp_path, linear({n: tmp_path / n for n in ("base", "tuned")}))
+    assert done.exit_code == 0, done.exception
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (lambda given: given["models"][0].update(paramters={"alpha": 0.6}), "'paramters'"),
+        (lambda given: given["parameters"].update(alpah=0.9), "'alpah'"),
+        (lambda given: sliced(given)[0].update(paramters={"alpha": 0.6}), "'paramters' in .* at slices"),
+        (
+            lambda given: sliced(given)[0]["sources"][1]["parameters"].update(alpah=1),
+            r"'alpah' in .*sources\[1\]",
+        ),
+        (lambda given: sliced(given) and given.update(paramters={}), "'paramters'"),
+    ],
+)
+def test_a_key_that_mergekit_would_pass_over_is_an_error_in_recipes_of_ours(tmp_path, spoken, fault, words):
+    fault(spoken)
+    done = merge_others(tmp_path, spoken)
+    assert isinstance(done.exception, RecipeError)
+    assert re.search(words, str(done.exception))
+    assert not (tmp_path / "out").exists()
+
+
+def sliced(given):
+    """Make slices of a recipe's models; returns them."""
+    base, tuned = given["base_model"], given.pop("models")[0]
+    given["slices"] = [
+        {
+            "sources": [
+                {"model": base, "layer_range": at},
+                {**tuned, "layer_range": at, "parameters": {"alpha": 1}},
+            ]
+        }
+        for at in ([0, 1], [1, 2])
+    ]
+    return given["slices"]
+
+
+def test_slices_of_ours_are_merged_by_mergekit(tmp_path, spoken):
+    sliced(spoken)
+    done = merge_others(tmp_path, spoken)
+    assert done.exit_code == 0, done.exception
+    assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "models" / "tuned"))
+
+
+def test_files_of_mergekits_executor_are_as_large_as_asked_and_their_index_is_complete(models, tmp_path):
+    done = merge_others(tmp_path, linear(models), "--out-shard-size=20KB")
+    assert done.exit_code == 0, done.exception
+    found = tensors(tmp_path / "out")
+    metadata = json.loads((tmp_path / "out" / INDEX).read_text())["metadata"]
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert metadata["total_parameters"] == sum(t.numel() for t in found.values())
+    assert metadata["total_size"] == 2 * metadata["total_parameters"]
+    assert "mergekit_version" in metadata
+    assert (verify(tmp_path / "out").status, verify(tmp_path / "out").findings) == ("inconclusive", ())
+    again = invoke("reproduce", tmp_path / "out" / LOCK, tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    refused = merge_others(tmp_path, linear(models), "--no-digests", "--overwrite")
+    assert isinstance(refused.exception, UsageError)
+
+
+def test_what_mergekit_writes_is_synced(models, tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(
+        "os.fsync", lambda f: (synced.add(os.path.basename(os.readlink(f"/proc/self/fd/{f}"))), fsync(f))
+    )
+    assert merge_others(tmp_path, linear(models)).exit_code == 0
+    assert synced >= {p.name for p in (tmp_path / "out").iterdir()} | {tmp_path.name}
+
+
+def test_an_input_that_changes_while_mergekit_reads_it_is_named(models, tmp_path, monkeypatch):
+    shutil.copytree(models["tuned"], tmp_path / "tuned")
+
+    def touched(*args, **keys):
+        run_merge(*args, **keys)
+        (tmp_path / "tuned" / "config.json").touch()
+
+    monkeypatch.setattr("mergekit.merge.run_merge", touched)
+    done = merge_others(tmp_path, linear(models | {"tuned": tmp_path / "tuned"}))
+    assert isinstance(done.exception, CheckpointError)
+    assert "config.json changed" in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_silences_mergekit_too(tmp_path, spoken, quiet):
+    done = merge_others(tmp_path, spoken, *["--quiet"] * quiet)
+    assert done.exit_code == 0, done.exception
+    assert (done.stdout == done.stderr == "") == quiet
+    assert ("Building tokenizer" in done.stderr) != quiet
+
+
 # ---------------------------------------------------------------------- memory
 
 

@@ -43,6 +43,10 @@ KEY = re.compile(
 )
 MOST_PATTERNS = 10_000  # each is tried on each module
 PLAIN_INIT = (True, False, None, "gaussian", "eva")  # those that leave the base's weights as they are
+# what is a Conv1D in transformers: PEFT turns the product there whatever the config's flag says, which is only that of
+# the last module it wrapped (GPT-2 with its head adapted too: false)
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
+CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
 # options of PEFT's LoraConfig under which W + scale * B A is not what the adapter computes
 REFUSED = (
     "use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
@@ -138,9 +142,16 @@ def _pair(
             f"{where}: B A has shape {product}, the weight of {base.ref} {weight.shape}; wrong base?"
         )
     square = product == product[::-1]
-    turned = bool(config.get("fan_in_fan_out")) or "lora_embedding" in a.name
+    turned = _is_turned(module, config, base) or "lora_embedding" in a.name
     scale = _scale(where, module, a.shape[0], config)
     return LoRAFactors(a, b, scale, transposed=turned if square else weight.shape != product)
+
+
+def _is_turned(module: str, config: Mapping[str, Any], base: Checkpoint) -> bool:
+    """Whether a module holds its weight as (in, out): by what it is, in a model that is known to have such."""
+    if base.config.get("model_type") in CONV1D_MODELS:
+        return module.rpartition(".")[2] in CONV1D
+    return bool(config.get("fan_in_fan_out"))
 
 
 def _scale(where: str, module: str, rank: int, config: Mapping[str, Any]) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,23 +65,26 @@ def command(
 
     content = read_yaml(recipe)
     why = reason(content)
+    size = _bytes(shard_size)
     if why is None:
-        size = _bytes(shard_size)
         run_merge(
             content, recipe, out, quiet, overwrite=overwrite, shard_size=size, digests=digests, sync=sync
         )
         return 0
-    if shard_size is not None or not digests or not sync:
+    if not digests or not sync:
         raise UsageError(
-            f"{recipe} needs mergekit's executor ({why}), which has no --out-shard-size, --no-digests or --no-sync; "
-            "leave them out."
+            f"{recipe} needs mergekit's executor ({why}), which has no --no-digests or --no-sync; leave them out."
         )
-    click.echo(
+    _say(
         f"{why} is mergekit's work: merging with its executor, which is slower and takes more memory.",
+        quiet,
         err=True,
     )
     describe, warnings = describer(recipe)
-    lock = merge_with_mergekit(content, recipe, out, overwrite=overwrite, describe=describe)
+    with _unharmed(out), _silent(quiet):
+        lock = merge_with_mergekit(
+            content, recipe, out, overwrite=overwrite, shard_size=size, describe=describe
+        )
     _warn(warnings, quiet)
     _say(f"{out}: {_size(lock)}.", quiet)
     return 0
@@ -116,6 +121,16 @@ def _unharmed(out: Path) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         click.echo(f"\n{out} is as it was, or complete; the same command starts again.", err=True)
         raise
+
+
+@contextlib.contextmanager
+def _silent(quiet: bool) -> Iterator[None]:
+    """Without the progress bars and hints of mergekit and transformers, most of which know no such setting.
+
+    Their errors come as exceptions.
+    """
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere if quiet else sys.stderr):
+        yield
 
 
 def describer(recipe: Path) -> tuple[Describe, list[str]]:

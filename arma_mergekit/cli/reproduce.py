@@ -34,11 +34,11 @@ def command(lock: Path, out: Path, overwrite: bool, quiet: bool) -> int:
         raise CheckpointError(
             f"{file} has no digests to compare with (--no-digests); use arma verify on the directory."
         )
+    size = old["output"].get("shard_size")
     if old["executor"] == "arma":
-        size = old["output"].get("shard_size")
         new = run_merge(pinned(old), path, out, True, overwrite=overwrite, shard_size=size)
     else:
-        new = merge_with_mergekit(pinned(old), path, out, overwrite=overwrite)
+        new = merge_with_mergekit(pinned(old), path, out, overwrite=overwrite, shard_size=size)
     found = compare_locks(old, new)
     for mismatch in found:
         if not quiet or mismatch.grade != "environment":
