@@ -812,7 +812,7 @@ def test_a_signal_leaves_nothing(models, tmp_path, number):
     )
     command = [sys.executable, "-c", slow, "merge", str(made.path), str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "writing\n"
+        assert process.stdout.readline().startswith("writing")  # of one worker or of two at once
         process.send_signal(number)
         process.wait(20)
         assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
