@@ -10,6 +10,7 @@ events; signals at random times fall there.
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import re
@@ -47,7 +48,7 @@ class Watch:
     def __init__(self, request):
         self.root, self.at, self.harm = request["root"], request["at"], request["harm"]
         self.log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self.count, self.mine = 0, threading.local()
+        self.count, self.mine = itertools.count(), threading.local()
 
     def __call__(self, event, args):
         if getattr(self.mine, "busy", False) or not event.startswith(("open", "os.", "ctypes.dlsym")):
@@ -59,10 +60,8 @@ class Watch:
         if step or writes:
             with contextlib.suppress(OSError):  # limits of this process hold for the log too
                 os.write(self.log, json.dumps([step, writes, event, *paths]).encode() + b"\n")
-        if step:
-            if self.count == self.at:
-                do(self.harm)
-            self.count += 1
+        if step and next(self.count) == self.at:  # once, whatever other threads do meanwhile
+            do(self.harm)
         self.mine.busy = False
 
 
