@@ -52,6 +52,7 @@ KEPT = (
 )  # of summary.json, as it is
 
 Record = Mapping[str, Any]
+Number = Annotated[float, Field(strict=True)]
 Asked = tuple[str, str | None]  # what a task asks: digests of its held-back items' ids and of its content
 Line = Annotated[
     tuple[float, ...], BeforeValidator(lambda text: text.split() if isinstance(text, str) else text)
@@ -117,6 +118,34 @@ class Evaluation(BaseModel):
         return found
 
 
+class _Score(BaseModel):
+    items: int = Field(strict=True)
+    score: Number
+    stderr: Number
+
+
+class _Verdict(BaseModel):
+    sentence: str
+
+
+class _Shown(Evaluation):
+    """What the model card shows besides: a damaged run is found before its numbers get into a lock."""
+
+    held_back: dict[str, dict[str, _Score]]
+    share_kept: dict[str, dict[str, Number]]
+    share_stderr: dict[str, dict[str, Number]]
+    verdict: _Verdict | None
+
+    @model_validator(mode="after")
+    def _is_of_all_sides(self) -> _Shown:
+        tasks = set(self.held_back.get("merged", {}))
+        if any(not tasks <= set(self.held_back.get(side, {})) for side in SIDES):
+            raise ValueError(".held_back lacks a side or a task.")
+        if missing := set(SIDES) - set(self.share_stderr):
+            raise ValueError(f".share_stderr lacks {min(missing)}.")
+        return self
+
+
 def of_run(run: Path, lock: Record) -> dict[str, Any] | None:
     """The evaluation of the merge that ``lock`` (its alphas and inputs) describes, from the tuning run in ``run``.
 
@@ -131,7 +160,13 @@ def of_run(run: Path, lock: Record) -> dict[str, Any] | None:
         summary, records = json.loads(raw), _journal(run / "trials.jsonl")
         sides = _sides(summary, lock, run)
         held = {side: _held(records, candidate) for side, candidate in sides.items()}
-        return {"summary_sha256": hashlib.sha256(raw).hexdigest(), **_facts(summary, sides), **_items(held)}
+        found = {
+            "summary_sha256": hashlib.sha256(raw).hexdigest(),
+            **_facts(summary, sides),
+            **_items(held),
+        }
+        _Shown.model_validate(found)
+        return found
     except OSError as error:
         raise RunError(f"Cannot read {error.filename}: {error.strerror}; check its rights.") from error
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, InputError) as error:
