@@ -254,6 +254,8 @@ class Lab:
         place.mkdir()
         cwd = str(cwd or self._scratch)
         files = {name: str(place / name) for name in ("out", "err", "log")}
+        for name in files:
+            (place / name).touch()  # a signal may come before the process has opened any
         how = {"cwd": cwd, "root": cwd, "at": at, "harm": harm, "exchange": exchange, "limits": limits}
         request = {"what": what, "args": [str(a) for a in args], **files, **how}
         print(json.dumps(request), file=self._server.stdin, flush=True)

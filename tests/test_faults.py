@@ -1174,7 +1174,7 @@ def stop_tuning(tuner, pair, out, whole, rng):
         outcome = tuner.run(*tune(pair, out), cwd=out.parent, at=at, harm=("signal", SIGNALS[name]))
     else:
         running = tuner.start(*tune(pair, out), cwd=out.parent)
-        time.sleep(rng.uniform(0, whole.seconds / 2))
+        time.sleep(rng.uniform(0.1, whole.seconds / 2))  # before that it is not yet ours what a signal does
         running.send(SIGNALS[name])
         outcome = running.wait()
     assert outcome.code in (CODES[name], 0), outcome.said
